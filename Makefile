@@ -1,0 +1,55 @@
+# `make demo` and `make test` need nothing but a Python 3.11 or 3.12; each installs what it uses into its own .venv.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-slow test-newest lint format bench clean
+
+demo: .venv/demo
+	.venv/bin/mpjax demo
+
+test: .venv/dev
+	.venv/bin/python -m pytest -q -n auto -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv/dev
+	.venv/bin/python -m pytest -q -n auto -m slow $(PYTEST_ARGS)
+
+test-newest: .venv-newest/dev
+	.venv-newest/bin/python -m pytest -q -n auto -m "not slow" $(PYTEST_ARGS)
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv-bench/dev
+	.venv-bench/bin/python benchmarks/step_cost.py
+
+clean:
+	rm -rf .venv .venv-newest .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis out
+
+# Each stamp is remade when pyproject.toml changes.
+.venv/demo: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[examples]"
+	touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $@ .venv/demo
+
+.venv-newest/dev: pyproject.toml
+	"$$(.ci/find-python 3.12)" -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade -e ".[dev]"
+	touch $@
+
+.venv-bench/dev: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install -q --disable-pip-version-check -e ".[aot-tpu]"
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

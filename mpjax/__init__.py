@@ -1,0 +1,30 @@
+"""Mixed precision for JAX: policies, loss scaling and optax transforms.
+
+The names here are the public API; modules that start with an underscore are not.
+"""
+
+import importlib.metadata
+
+from mpjax import transforms as transforms
+from mpjax._dynamic_loss_scale import DynamicLossScale as DynamicLossScale
+from mpjax._grad import grad as grad
+from mpjax._grad import value_and_grad as value_and_grad
+from mpjax._hardware import half_dtype as half_dtype
+from mpjax._loss_scale import LossScale as LossScale
+from mpjax._loss_scale import NoOpLossScale as NoOpLossScale
+from mpjax._loss_scale import StaticLossScale as StaticLossScale
+from mpjax._loss_scale import scale_gradients as scale_gradients
+from mpjax._policy import Policy as Policy
+from mpjax._policy import cast_to_full as cast_to_full
+from mpjax._policy import cast_to_half as cast_to_half
+from mpjax._policy import default_overrides as default_overrides
+from mpjax._policy import default_policy as default_policy
+from mpjax._policy import get_policy as get_policy
+from mpjax._tree import all_finite as all_finite
+from mpjax._tree import select_tree as select_tree
+from mpjax.transforms import get_loss_scale as get_loss_scale
+from mpjax.transforms import loss_scaled as loss_scaled
+from mpjax.transforms import skip_on_overflow as skip_on_overflow
+from mpjax.transforms import unscale as unscale
+
+__version__ = importlib.metadata.version("mpjax")

@@ -1,0 +1,291 @@
+"""Policies: which dtype parameters, computation and outputs have, as an immutable value."""
+
+import dataclasses
+import functools
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jmp
+import numpy as np
+
+from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32, canonical_dtype, is_float8
+from mpjax._dynamic_loss_scale import DynamicLossScale
+from mpjax._errors import listing, problem
+from mpjax._hardware import half_dtype, hardware_of
+from mpjax._loss_scale import LossScale, NoOpLossScale
+from mpjax._policy_grammar import EXAMPLE, parse_policy
+from mpjax._tree import cast_floats, cast_leaf, is_float_leaf, path_name
+from mpjax._typing import T
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
+    """The dtypes of parameters, computation and outputs, and of gradient sums across devices.
+
+    It is a `jmp.Policy`, so haiku and everything else that takes one takes it. Frozen and hashable: equal
+    policies have equal hashes, whichever spelling of a dtype made them, and `get_policy(str(p)) == p`.
+
+    Attributes:
+      param_dtype: what `cast_to_param` casts to.
+      compute_dtype: what `cast_to_compute` casts to. An 8-bit dtype names the operands of matmuls, which each
+        need a scale of their own; a tree has none, so `cast_to_compute` then casts to bfloat16.
+      output_dtype: what `cast_to_output` casts to.
+      reduce_dtype: the dtype that gradients are summed in across devices.
+      overrides: pairs of a path pattern and the policy of the parameters there; see `with_overrides`.
+
+    Raises:
+      TypeError: a dtype is not floating (integers, booleans, complex numbers).
+      ValueError: a dtype's name is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp, mpjax as mp
+      >>> policy = mp.Policy(jnp.float32, jnp.bfloat16, jnp.float32)
+      >>> policy.cast_to_compute({"w": jnp.ones(2), "step": jnp.array(3)})
+      {'step': Array(3, dtype=int32...), 'w': Array([1, 1], dtype=bfloat16)}
+      >>> str(policy)
+      'params=float32,compute=bfloat16,output=float32'
+
+    References:
+      jmp.Policy, https://github.com/google-deepmind/jmp; FSDP2's MixedPrecisionPolicy for `reduce_dtype`.
+    """
+
+    param_dtype: np.dtype[Any]
+    compute_dtype: np.dtype[Any]
+    output_dtype: np.dtype[Any]
+    reduce_dtype: np.dtype[Any] = FLOAT32
+    overrides: tuple[tuple[str, "Policy"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("param_dtype", "compute_dtype", "output_dtype", "reduce_dtype"):
+            object.__setattr__(self, name, canonical_dtype(getattr(self, name), name))
+        object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
+
+    def __str__(self) -> str:
+        text = f"params={self.param_dtype},compute={self.compute_dtype},output={self.output_dtype}"
+        if self.reduce_dtype != FLOAT32:
+            text += f",reduce={self.reduce_dtype}"
+        if self.overrides:
+            text += ",overrides=" + json.dumps({pattern: str(policy) for pattern, policy in self.overrides})
+        return text
+
+    def __repr__(self) -> str:
+        return f"mpjax.get_policy({str(self)!r})"
+
+    def cast_to_param(self, x: T) -> T:
+        """Casts the float leaves of a tree to `param_dtype`, or to what `overrides` say for their path.
+
+        Integers, booleans, PRNG keys, complex numbers, fp8 leaves, `None` and Python numbers stay as they are.
+        """
+        return self._cast(x, "param_dtype")
+
+    def cast_to_compute(self, x: T) -> T:
+        """Casts the float leaves of a tree to `compute_dtype`, or to what `overrides` say for their path."""
+        return self._cast(x, "compute_dtype")
+
+    def cast_to_output(self, x: T) -> T:
+        """Casts the float leaves of a tree to `output_dtype`. Outputs are no parameters: no overrides apply."""
+        return cast_floats(x, self.output_dtype)
+
+    def loss_scale(self) -> LossScale:
+        """The loss scale that the compute dtype needs: dynamic for float16, none for all others.
+
+        >>> import mpjax as mp
+        >>> type(mp.get_policy("mixed_float16").loss_scale()).__name__
+        'DynamicLossScale'
+        >>> type(mp.get_policy("mixed_bfloat16").loss_scale()).__name__
+        'NoOpLossScale'
+        """
+        return DynamicLossScale() if self.compute_dtype == FLOAT16 else NoOpLossScale()
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
+        """Returns this policy with exceptions for parameters at some paths.
+
+        A pattern is a regular expression that must match a leaf's whole path, ignoring case. Paths are written
+        `"params/encoder/LayerNorm_0/scale"`, for dicts, Linen, NNX states, tuples and dataclasses alike.
+
+        Args:
+          overrides: maps patterns to a `Policy`, a policy string or a dtype (which then is the dtype of
+            parameters and computation there). They replace any overrides there were.
+
+        Raises:
+          ValueError: a pattern is not a regular expression, or a policy has overrides of its own. On a cast,
+            when two patterns that match one path name different policies.
+
+        Warns:
+          UserWarning: on a cast of a tree with named leaves, when a pattern matches no path in it.
+
+        >>> import jax.numpy as jnp, mpjax as mp
+        >>> policy = mp.get_policy("mixed_bfloat16").with_overrides({r".*(norm|bn).*": "float32"})
+        >>> params = {"dense": {"kernel": jnp.ones(1)}, "LayerNorm_0": {"scale": jnp.ones(1)}}
+        >>> cast = policy.cast_to_compute(params)
+        >>> cast["dense"]["kernel"].dtype.name, cast["LayerNorm_0"]["scale"].dtype.name
+        ('bfloat16', 'float32')
+        """
+        return dataclasses.replace(self, overrides=tuple((k, _as_policy(v)) for k, v in overrides.items()))
+
+    def _cast(self, tree: T, kind: str) -> T:
+        if not self.overrides:
+            return cast_floats(tree, _tree_dtype(self, kind))
+        unused = {pattern for pattern, _ in self.overrides}
+        named = False
+
+        def one(path: tuple[Any, ...], x: Any) -> Any:
+            nonlocal named
+            if not is_float_leaf(x):
+                return x
+            name = path_name(path)
+            named = named or (not name.replace("/", "").isdigit() and bool(name))
+            found = [(p, policy) for p, policy in self.overrides if _compiled(p).fullmatch(name)]
+            unused.difference_update(p for p, _ in found)
+            if len({policy for _, policy in found}) > 1:
+                rows = [f"{p!r}: {policy}" for p, policy in found]
+                raise ValueError(
+                    problem(
+                        f"{len(rows)} overrides match {name!r} and disagree:\n{listing(rows)}",
+                        expected="patterns that match one path to name the same policy",
+                        write="narrower patterns, such as r'.*/norm_1/scale' in place of r'.*norm.*'",
+                    )
+                )
+            return cast_leaf(x, _tree_dtype(found[0][1] if found else self, kind))
+
+        result: T = jax.tree_util.tree_map_with_path(one, tree)
+        # A tuple of bare arrays has no names to match: nothing to report.
+        if unused and named:
+            names = [path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(tree) if is_float_leaf(x)]
+            warnings.warn(
+                problem(
+                    f"overrides that match no path: {', '.join(map(repr, sorted(unused)))}. The paths are\n"
+                    f"{listing(names)}",
+                    expected="each pattern to match the whole path of at least one float leaf",
+                    write="r'.*norm.*', with .* on both sides; cast batches with a policy that has no overrides",
+                ),
+                UserWarning,
+                stacklevel=3,
+            )
+        return result
+
+
+def get_policy(policy: Any) -> Policy:
+    """Reads a policy from its name: a preset, one dtype for all, or jmp's `key=dtype` grammar.
+
+    Spaces and case do not matter. Keys are `params`, `compute`, `output` and `reduce` (or `p c o r`); left out,
+    params is float32, compute follows params, output follows compute, as in jmp, and reduce is float32.
+
+    Args:
+      policy: `"mixed_bfloat16"`, `"mixed_float16"`, `"mixed_float8"`, a dtype's name (`"half"` means this
+        machine's, see `half_dtype`), `"params=float32,compute=bfloat16,output=float32"`, what `str(policy)`
+        gave, or a policy already (a `jmp.Policy` is converted).
+
+    Raises:
+      ValueError: the name, a key or a dtype is unknown, or a key is given twice.
+      TypeError: a dtype is not floating, or `policy` is neither a string nor a policy.
+
+    >>> import mpjax as mp
+    >>> mp.get_policy("c = BF16")
+    mpjax.get_policy('params=float32,compute=bfloat16,output=bfloat16')
+    >>> mp.get_policy("mixed_float16").compute_dtype
+    dtype('float16')
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, jmp.Policy):
+        return Policy(policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+    if not isinstance(policy, str):
+        raise TypeError(
+            problem(f"policy is {policy!r}, a {type(policy).__name__}.", expected="a string or a policy", write=EXAMPLE)
+        )
+    parsed = parse_policy(policy)
+    overrides = tuple((pattern, _as_policy(value)) for pattern, value in parsed.overrides.items())
+    return Policy(*parsed[:4], overrides)
+
+
+def default_policy(device: Any = None) -> Policy:
+    """The policy to train with on a device: bfloat16 on TPUs and recent GPUs, float16 on a V100 or T4.
+
+    `mpjax info` prints the whole table with this machine's row marked. Parameters and outputs are float32.
+
+    Args:
+      device: a `jax.Device`, or anything with its `platform`, `device_kind` and `compute_capability`.
+        Default: the first local device.
+
+    >>> import jax, mpjax as mp
+    >>> mp.default_policy(jax.devices("cpu")[0])
+    mpjax.get_policy('params=float32,compute=float32,output=float32')
+    """
+    return Policy(FLOAT32, hardware_of(device).compute, FLOAT32)
+
+
+def default_overrides() -> dict[str, str]:
+    """The exceptions that most models want: what stays float32 when the rest of the parameters is cast.
+
+    One pattern, so that it is reported only where it matches nothing at all. It keeps, by the name of any part
+    of the path: normalisation scales and biases (`LayerNorm_0`, `bn1`, `ln_f`, `rmsnorm`), running statistics
+    (`batch_stats`, `running_mean`, `moving_variance`, `mean_ema`), routers of mixtures of experts (`router`) and
+    logits layers (`logits`, `head`, `lm_head`, `classifier`).
+
+    >>> import mpjax as mp
+    >>> policy = mp.get_policy("mixed_bfloat16").with_overrides(mp.default_overrides())
+    """
+    parts = (
+        r"[^/]*norm[^/]*",
+        r"([^/]*_)?(bn|ln)(_?[^/_]{1,2})?",
+        r"batch_stats|(running|moving)_(mean|var|variance)|(mean|var)_ema",
+        r"([^/]*_)?router",
+        r"logits|(lm_|output_)?head|classifier",
+    )
+    return {rf"(.*/)?({'|'.join(parts)})(/.*)?": "float32"}
+
+
+def cast_to_half(tree: T) -> T:
+    """Casts the float leaves of a tree to this machine's `half_dtype`."""
+    return cast_floats(tree, half_dtype())
+
+
+def cast_to_full(tree: T) -> T:
+    """Casts the float leaves of a tree to float32."""
+    return cast_floats(tree, FLOAT32)
+
+
+def _tree_dtype(policy: Policy, kind: str) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = getattr(policy, kind)
+    return BFLOAT16 if kind == "compute_dtype" and is_float8(dtype) else dtype
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+def _as_policy(value: Any) -> Policy:
+    if isinstance(value, str | jmp.Policy):
+        return get_policy(value)
+    dtype = canonical_dtype(value, "override")
+    return Policy(dtype, dtype, dtype)
+
+
+def _checked_overrides(overrides: Any) -> tuple[tuple[str, Policy], ...]:
+    for pattern, policy in overrides:
+        try:
+            _compiled(pattern)
+        except re.error as error:
+            raise ValueError(
+                problem(
+                    f"override {pattern!r} is not a regular expression: {error}.",
+                    expected="a pattern for whole paths such as params/LayerNorm_0/scale",
+                    write="r'.*norm.*'",
+                )
+            ) from None
+        if policy.overrides:
+            raise ValueError(
+                problem(
+                    f"the policy for {pattern!r} has overrides of its own.",
+                    expected="a policy or dtype without exceptions",
+                    write="one with_overrides call with all patterns",
+                )
+            )
+    # Sorted, since their order has no meaning: equal sets of rules make equal policies.
+    return tuple(sorted(dict(overrides).items()))
