@@ -14,10 +14,10 @@ from mpjax._loss_scale import LossScale as LossScale
 from mpjax._loss_scale import NoOpLossScale as NoOpLossScale
 from mpjax._loss_scale import StaticLossScale as StaticLossScale
 from mpjax._loss_scale import scale_gradients as scale_gradients
+from mpjax._overrides import default_overrides as default_overrides
 from mpjax._policy import Policy as Policy
 from mpjax._policy import cast_to_full as cast_to_full
 from mpjax._policy import cast_to_half as cast_to_half
-from mpjax._policy import default_overrides as default_overrides
 from mpjax._policy import default_policy as default_policy
 from mpjax._policy import get_policy as get_policy
 from mpjax._tree import all_finite as all_finite

@@ -136,7 +136,9 @@ class DynamicLossScale(LossScale):
         """Returns the next state: one clean step more, or one overflow."""
         finite = check_flag(grads_finite, "grads_finite")
         scale = self._factor()
-        counter = jnp.maximum(self.counter, 0)
+        # Loaded counters may hold anything.
+        counter = jnp.clip(self.counter, 0, self.period)
+        left = jnp.clip(self.hysteresis_left, 0, self.hysteresis)
 
         # >= and not ==: a counter loaded into a state with a shorter period still grows.
         full = counter + 1 >= self.period
@@ -144,9 +146,9 @@ class DynamicLossScale(LossScale):
         grown = jnp.where(jnp.isfinite(grown) & (grown <= self.max_loss_scale), grown, scale)
         refilled = jnp.int32(self.hysteresis)
         if self.hysteresis_refill == "growth":
-            refilled = jnp.where(full, refilled, self.hysteresis_left)
+            refilled = jnp.where(full, refilled, left)
 
-        left = jnp.maximum(self.hysteresis_left - 1, 0)
+        left = jnp.maximum(left - 1, 0)
         backs_off = left == 0
         lowered = scale * jnp.float32(self.backoff_factor)
         held = backs_off & (lowered < self.min_loss_scale)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpjax._errors import problem
 from mpjax._state import rebuild, register_state, register_with_flax
@@ -105,7 +106,8 @@ def scale_gradients(grads: T, scale: Any) -> T:
     """
     if isinstance(scale, LossScale):
         return scale.scale(grads)
-    if jnp.shape(scale) != () or not jnp.issubdtype(jnp.result_type(scale), jnp.number):
+    is_number = isinstance(scale, int | float | np.generic | np.ndarray | jax.Array) and jnp.shape(scale) == ()
+    if not is_number or not jnp.issubdtype(jnp.result_type(scale), jnp.number):
         raise ValueError(
             problem(
                 f"scale is {scale!r}.",
@@ -123,7 +125,7 @@ def scale_gradients(grads: T, scale: Any) -> T:
 
 
 @register_state()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class NoOpLossScale(LossScale):
     """No scaling, for bfloat16 and float32: nothing is multiplied and the state has no leaves.
 
@@ -139,7 +141,7 @@ class NoOpLossScale(LossScale):
 
 
 @register_state()
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class StaticLossScale(LossScale):
     """A fixed scale: no state, never adjusted.
 

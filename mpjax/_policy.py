@@ -1,24 +1,21 @@
 """Policies: which dtype parameters, computation and outputs have, as an immutable value."""
 
 import dataclasses
-import functools
 import json
-import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
 import jmp
 import numpy as np
 
 from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32, canonical_dtype, is_float8
 from mpjax._dynamic_loss_scale import DynamicLossScale
-from mpjax._errors import listing, problem
+from mpjax._errors import problem
 from mpjax._hardware import half_dtype, hardware_of
 from mpjax._loss_scale import LossScale, NoOpLossScale
+from mpjax._overrides import cast_by_path, check_pattern
 from mpjax._policy_grammar import EXAMPLE, parse_policy
-from mpjax._tree import cast_floats, cast_leaf, is_float_leaf, path_name
+from mpjax._tree import cast_floats
 from mpjax._typing import T
 
 
@@ -128,45 +125,7 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
         return dataclasses.replace(self, overrides=tuple((k, _as_policy(v)) for k, v in overrides.items()))
 
     def _cast(self, tree: T, kind: str) -> T:
-        if not self.overrides:
-            return cast_floats(tree, _tree_dtype(self, kind))
-        unused = {pattern for pattern, _ in self.overrides}
-        named = False
-
-        def one(path: tuple[Any, ...], x: Any) -> Any:
-            nonlocal named
-            if not is_float_leaf(x):
-                return x
-            name = path_name(path)
-            named = named or (not name.replace("/", "").isdigit() and bool(name))
-            found = [(p, policy) for p, policy in self.overrides if _compiled(p).fullmatch(name)]
-            unused.difference_update(p for p, _ in found)
-            if len({policy for _, policy in found}) > 1:
-                rows = [f"{p!r}: {policy}" for p, policy in found]
-                raise ValueError(
-                    problem(
-                        f"{len(rows)} overrides match {name!r} and disagree:\n{listing(rows)}",
-                        expected="patterns that match one path to name the same policy",
-                        write="narrower patterns, such as r'.*/norm_1/scale' in place of r'.*norm.*'",
-                    )
-                )
-            return cast_leaf(x, _tree_dtype(found[0][1] if found else self, kind))
-
-        result: T = jax.tree_util.tree_map_with_path(one, tree)
-        # A tuple of bare arrays has no names to match: nothing to report.
-        if unused and named:
-            names = [path_name(path) for path, x in jax.tree_util.tree_leaves_with_path(tree) if is_float_leaf(x)]
-            warnings.warn(
-                problem(
-                    f"overrides that match no path: {', '.join(map(repr, sorted(unused)))}. The paths are\n"
-                    f"{listing(names)}",
-                    expected="each pattern to match the whole path of at least one float leaf",
-                    write="r'.*norm.*', with .* on both sides; cast batches with a policy that has no overrides",
-                ),
-                UserWarning,
-                stacklevel=3,
-            )
-        return result
+        return cast_by_path(tree, self, self.overrides, lambda policy: _tree_dtype(policy, kind))
 
 
 def get_policy(policy: Any) -> Policy:
@@ -219,45 +178,29 @@ def default_policy(device: Any = None) -> Policy:
     return Policy(FLOAT32, hardware_of(device).compute, FLOAT32)
 
 
-def default_overrides() -> dict[str, str]:
-    """The exceptions that most models want: what stays float32 when the rest of the parameters is cast.
-
-    One pattern, so that it is reported only where it matches nothing at all. It keeps, by the name of any part
-    of the path: normalisation scales and biases (`LayerNorm_0`, `bn1`, `ln_f`, `rmsnorm`), running statistics
-    (`batch_stats`, `running_mean`, `moving_variance`, `mean_ema`), routers of mixtures of experts (`router`) and
-    logits layers (`logits`, `head`, `lm_head`, `classifier`).
-
-    >>> import mpjax as mp
-    >>> policy = mp.get_policy("mixed_bfloat16").with_overrides(mp.default_overrides())
-    """
-    parts = (
-        r"[^/]*norm[^/]*",
-        r"([^/]*_)?(bn|ln)(_?[^/_]{1,2})?",
-        r"batch_stats|(running|moving)_(mean|var|variance)|(mean|var)_ema",
-        r"([^/]*_)?router",
-        r"logits|(lm_|output_)?head|classifier",
-    )
-    return {rf"(.*/)?({'|'.join(parts)})(/.*)?": "float32"}
-
-
 def cast_to_half(tree: T) -> T:
-    """Casts the float leaves of a tree to this machine's `half_dtype`."""
+    """Casts the float leaves of a tree to this machine's `half_dtype`; other leaves stay as they are.
+
+    >>> import jax.numpy as jnp, mpjax as mp
+    >>> mp.cast_to_half({"w": jnp.ones(2), "step": 3})["w"].dtype == mp.half_dtype()
+    True
+    """
     return cast_floats(tree, half_dtype())
 
 
 def cast_to_full(tree: T) -> T:
-    """Casts the float leaves of a tree to float32."""
+    """Casts the float leaves of a tree to float32; other leaves stay as they are.
+
+    >>> import jax.numpy as jnp, mpjax as mp
+    >>> mp.cast_to_full({"w": jnp.ones(2, jnp.bfloat16), "step": 3})
+    {'step': 3, 'w': Array([1., 1.], dtype=float32)}
+    """
     return cast_floats(tree, FLOAT32)
 
 
 def _tree_dtype(policy: Policy, kind: str) -> np.dtype[Any]:
     dtype: np.dtype[Any] = getattr(policy, kind)
     return BFLOAT16 if kind == "compute_dtype" and is_float8(dtype) else dtype
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
 
 
 def _as_policy(value: Any) -> Policy:
@@ -269,16 +212,7 @@ def _as_policy(value: Any) -> Policy:
 
 def _checked_overrides(overrides: Any) -> tuple[tuple[str, Policy], ...]:
     for pattern, policy in overrides:
-        try:
-            _compiled(pattern)
-        except re.error as error:
-            raise ValueError(
-                problem(
-                    f"override {pattern!r} is not a regular expression: {error}.",
-                    expected="a pattern for whole paths such as params/LayerNorm_0/scale",
-                    write="r'.*norm.*'",
-                )
-            ) from None
+        check_pattern(pattern)
         if policy.overrides:
             raise ValueError(
                 problem(

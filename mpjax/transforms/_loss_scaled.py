@@ -249,4 +249,6 @@ def get_loss_scale(opt_state: Any) -> LossScale:
 
 def _strongly_typed(x: Any) -> Any:
     # A weak-typed leaf (from a Python number) loses its weakness in the first update: a second trace.
-    return jax.lax.convert_element_type(x, jnp.result_type(x)) if not isinstance(x, jax.Array) or x.weak_type else x
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):  # PRNG keys
+        return x
+    return jax.lax.convert_element_type(x, jnp.result_type(x))

@@ -1,0 +1,120 @@
+"""The order of the files: each imports only from rows above it, and heavy packages stay out of `import mpjax`."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpjax
+
+PACKAGE = Path(mpjax.__file__).parent
+
+# A file imports only from rows above its own; cli imports everything and nothing imports it.
+ROWS = [
+    ["_compat", "_typing", "_errors"],
+    ["_dtypes", "_state"],
+    ["_tree"],
+    ["_hardware", "_loss_scale"],
+    ["_dynamic_loss_scale", "_policy_grammar", "_overrides"],
+    ["_policy", "_grad"],
+    ["transforms._norm"],
+    ["transforms._loss_scaled"],
+    ["transforms"],
+    [""],
+    ["cli"],
+]
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def module_name(path):
+    name = ".".join(path.with_suffix("").parts)
+    return name.removesuffix("__init__").removesuffix(".")
+
+
+def row_of(module):
+    if module.split(".")[0] == "cli":
+        return len(ROWS) - 1
+    for i, row in enumerate(ROWS):
+        if module in row:
+            return i
+    raise AssertionError(f"mpjax/{module} is in no row of the layer table in {__file__}")
+
+
+def imported_modules(path):
+    """Modules of mpjax that a file imports, `from mpjax.a import b` being a.b where that is a module."""
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = []
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                inside = PACKAGE / Path(*full.split(".")[1:])
+                is_module = full.startswith("mpjax.") and (inside.with_suffix(".py").exists() or inside.is_dir())
+                names.append(full if is_module else node.module)
+        else:
+            continue
+        for name in names:
+            if name == "mpjax" or name.startswith("mpjax."):
+                yield name.removeprefix("mpjax").removeprefix(".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_downward(path):
+    me = module_name(path)
+    for other in imported_modules(path):
+        if me.split(".")[0] == other.split(".")[0] == "cli":
+            continue
+        assert row_of(other) < row_of(me), f"mpjax/{path} imports {other or 'mpjax'}, which is not in a row above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_stay_short(path):
+    assert len((PACKAGE / path).read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "_compat.py"], ids=str)
+def test_jax_internals_only_in_compat(path):
+    text = (PACKAGE / path).read_text()
+    found = re.findall(r"jax\._src|jax\.interpreters|jax\.extend|jax\.core|jax\.__version|JAX_GE", text)
+    assert not found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_only_cli_imports_flax(path):
+    if path.parts[0] == "cli":
+        pytest.skip("the command's demo trains a Flax model")
+    tree = ast.parse((PACKAGE / path).read_text())
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = [getattr(n, "module", None) or "" for n in imports] + [a.name for n in imports for a in n.names]
+    assert not any(name.split(".")[0] in ("flax", "matplotlib", "rich", "sklearn") for name in names)
+
+
+@pytest.mark.parametrize("module", ["mpjax", "mpjax.cli"])
+def test_import_leaves_heavy_packages_out(module):
+    code = (
+        f"import sys, {module}; "
+        "print([m for m in ('flax', 'matplotlib', 'rich', 'sklearn', 'haiku') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_documented_and_runnable():
+    """Every public name has a docstring, and every function and class an example in it."""
+    for name in dir(mpjax):
+        thing = getattr(mpjax, name)
+        if name.startswith("_") or not callable(thing):
+            continue
+        assert thing.__doc__, name
+        # The abstract base has no use of its own; its three members show it.
+        assert ">>>" in thing.__doc__ or name == "LossScale", f"mpjax.{name} has no example"
+    for name in dir(mpjax.transforms):
+        thing = getattr(mpjax.transforms, name)
+        if not name.startswith("_") and callable(thing):
+            assert thing.__doc__, name
+            assert ">>>" in thing.__doc__ or name.endswith("State"), f"mpjax.transforms.{name} has no example"
