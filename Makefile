@@ -27,7 +27,7 @@ format: .venv/dev
 	.venv/bin/ruff format .
 
 bench: .venv-bench/dev
-	.venv-bench/bin/python benchmarks/step_cost.py
+	.venv-bench/bin/python benchmarks/step_cost.py --write
 
 clean:
 	rm -rf .venv .venv-newest .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis out

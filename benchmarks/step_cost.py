@@ -1,14 +1,15 @@
 """What a loss-scaled optimizer step costs over a plain one, compiled for TPU v5e.
 
-    make bench          or          python benchmarks/step_cost.py [--json FILE]
+    make bench          or          python benchmarks/step_cost.py [--side 2048] [--write]
 
-One AdamW step on 128 MB of float32 parameters (8 matrices of 2048 x 2048), gradients given, parameters and state
+One AdamW step on eight square float32 matrices (128 MB in all at --side 2048), gradients given, parameters and state
 donated; with clipping by the global norm and without. Each row is the same step made safe against overflow in
-another way; the columns are relative to the plain step, which is not safe at all.
+another way; the columns are relative to the plain step, which is not safe at all. --write puts the tables into
+RESULTS.md.
 """
 
 import argparse
-import json
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,8 @@ import optax
 
 import mpjax as mp
 
-PARAMS = [jax.ShapeDtypeStruct((2048, 2048), jnp.float32)] * 8
-GRADS_BYTES = 8 * 2048 * 2048 * 4
+RESULTS = Path(__file__).parent / "RESULTS.md"
+OPEN, CLOSE = "<!-- step_cost -->", "<!-- /step_cost -->"
 
 
 def optimizer(clip: bool) -> optax.GradientTransformation:
@@ -34,15 +35,15 @@ def optimizer(clip: bool) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), adamw) if clip else adamw
 
 
-def transform_step(tx: optax.GradientTransformation) -> tuple[Any, Callable[..., Any]]:
+def transform_step(tx: optax.GradientTransformation, params: Any) -> tuple[Any, Callable[..., Any]]:
     def step(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    return jax.eval_shape(tx.init, PARAMS), step
+    return jax.eval_shape(tx.init, params), step
 
 
-def jmp_style(clip: bool) -> tuple[Any, Callable[..., Any]]:
+def jmp_style(clip: bool, avals: Any) -> tuple[Any, Callable[..., Any]]:
     """Jmp's README: unscale, all_finite, update, select both trees, adjust."""
     tx = optimizer(clip)
 
@@ -59,10 +60,10 @@ def jmp_style(clip: bool) -> tuple[Any, Callable[..., Any]]:
 
     # Its two arrays and not the object: jmp validates on unflatten, which lowering does with other leaves.
     scale, counter = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    return (jax.eval_shape(tx.init, PARAMS), scale, counter), step
+    return (jax.eval_shape(tx.init, avals), scale, counter), step
 
 
-def cond_style(clip: bool) -> tuple[Any, Callable[..., Any]]:
+def cond_style(clip: bool, avals: Any) -> tuple[Any, Callable[..., Any]]:
     """The whole update inside `lax.cond`, as many training loops have it."""
     tx = optimizer(clip)
 
@@ -80,34 +81,37 @@ def cond_style(clip: bool) -> tuple[Any, Callable[..., Any]]:
         loss_scale = loss_scale.adjust(finite)
         return params, (opt_state, loss_scale.loss_scale, loss_scale.counter)
 
-    return jmp_style(clip)[0], step
+    return jmp_style(clip, avals)[0], step
 
 
-def variants(clip: bool) -> dict[str, tuple[Any, Callable[..., Any]]]:
+def variants(clip: bool, avals: Any) -> dict[str, tuple[Any, Callable[..., Any]]]:
     tx = optimizer(clip)
     return {
-        "plain optax, no scaling": transform_step(tx),
-        "mp.loss_scaled, DynamicLossScale": transform_step(mp.loss_scaled(tx, mp.DynamicLossScale())),
-        "mp.loss_scaled, NoOpLossScale": transform_step(mp.loss_scaled(tx, mp.NoOpLossScale())),
-        "jmp: all_finite and select_tree": jmp_style(clip),
-        "optax.apply_if_finite": transform_step(optax.apply_if_finite(tx, 1000)),
-        "lax.cond around the update": cond_style(clip),
+        "plain optax, no scaling": transform_step(tx, avals),
+        "mp.loss_scaled, DynamicLossScale": transform_step(mp.loss_scaled(tx, mp.DynamicLossScale()), avals),
+        "mp.loss_scaled, NoOpLossScale": transform_step(mp.loss_scaled(tx, mp.NoOpLossScale()), avals),
+        "jmp: all_finite and select_tree": jmp_style(clip, avals),
+        "optax.apply_if_finite": transform_step(optax.apply_if_finite(tx, 1000), avals),
+        "lax.cond around the update": cond_style(clip, avals),
     }
 
 
-def measure(clip: bool) -> dict[str, Cost]:
+def measure(clip: bool, side: int) -> dict[str, Cost]:
+    avals = [jax.ShapeDtypeStruct((side, side), jnp.float32)] * 8
     costs = {}
-    for name, (state, step) in variants(clip).items():
+    for name, (state, step) in variants(clip, avals).items():
         print(f"compiling: {name}{' with clipping' if clip else ''}", file=sys.stderr)
-        costs[name] = compile_for_v5e(step, PARAMS, state, PARAMS, donate=(0, 1))
+        costs[name] = cost = compile_for_v5e(step, avals, state, avals, donate=(0, 1))
+        if name.startswith("mp.") and cost.leaves_the_device:
+            raise SystemExit(f"{name} leaves the device: {cost.leaves_the_device}")
     return costs
 
 
-def table(costs: dict[str, Cost]) -> str:
+def table(costs: dict[str, Cost], gradient_bytes: int) -> str:
     plain = next(iter(costs.values()))
-    rows = ["| step | bytes accessed | of main memory | estimated cycles | temporaries |", "| --- " * 5 + "|"]
+    rows = ["| step | bytes accessed | main memory | estimated cycles | temporaries |", "| --- " * 5 + "|"]
     for name, cost in costs.items():
-        reads = (cost.hbm_bytes - plain.hbm_bytes) / GRADS_BYTES
+        reads = (cost.hbm_bytes - plain.hbm_bytes) / gradient_bytes
         rows.append(
             f"| {name} | {cost.bytes_accessed / 1e6:.0f} MB ({cost.bytes_accessed / plain.bytes_accessed:.3f}x) "
             f"| {cost.hbm_bytes / 1e6:.0f} MB ({reads:+.2f} reads of the gradients) "
@@ -119,18 +123,22 @@ def table(costs: dict[str, Cost]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--side", type=int, default=2048, help="rows and columns of each of the eight matrices")
+    parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     arguments = parser.parse_args()
-    results = {"with clipping": measure(True), "without clipping": measure(False)}
-    for title, costs in results.items():
-        print(f"\n{title}\n\n{table(costs)}")
-        for name, cost in costs.items():
-            if name.startswith("mp.") and cost.leaves_the_device:
-                raise SystemExit(f"{name} leaves the device: {cost.leaves_the_device}")
-    print(f"\njax {jax.__version__}, optax {optax.__version__}, mpjax {mp.__version__}")
-    if arguments.json:
-        figures = {t: {n: c._asdict() | {"hlo": None} for n, c in costs.items()} for t, costs in results.items()}
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    gradient_bytes = 8 * arguments.side**2 * 4
+    parts = [
+        f"Compiled for one TPU v5e chip by libtpu {importlib.metadata.version('libtpu')}; jax {jax.__version__}, "
+        f"optax {optax.__version__}, mpjax {mp.__version__}, {gradient_bytes / 2**20:.0f} MB of float32 parameters. "
+        f"Command: `python benchmarks/step_cost.py --side {arguments.side}`."
+    ]
+    for title, clip in (("AdamW with clipping", True), ("AdamW without clipping", False)):
+        parts.append(f"### {title}\n\n{table(measure(clip, arguments.side), gradient_bytes)}")
+    text = "\n\n".join(parts)
+    print(text)
+    if arguments.write:
+        before, rest = RESULTS.read_text().split(OPEN)
+        RESULTS.write_text(f"{before}{OPEN}\n\n{text}\n\n{CLOSE}{rest.split(CLOSE)[1]}")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def default_overrides() -> dict[str, str]:
 
     One pattern, so that it is reported only where it matches nothing at all. It keeps, by the name of any part
     of the path: normalisation scales and biases (`LayerNorm_0`, `bn1`, `ln_f`, `rmsnorm`), running statistics
-    (`batch_stats`, `running_mean`, `moving_variance`, `mean_ema`), routers of mixtures of experts (`router`) and
-    logits layers (`logits`, `head`, `lm_head`, `classifier`).
+    (`batch_stats`, `running_mean`, `moving_variance`, `mean_ema`, Flax's fp8 `_overwrite_with_gradient`), routers
+    of mixtures of experts (`router`) and logits layers (`logits`, `head`, `lm_head`, `classifier`).
 
     >>> import mpjax as mp
     >>> policy = mp.get_policy("mixed_bfloat16").with_overrides(mp.default_overrides())
@@ -96,7 +96,7 @@ def default_overrides() -> dict[str, str]:
     parts = (
         r"[^/]*norm[^/]*",
         r"([^/]*_)?(bn|ln)(_?[^/_]{1,2})?",
-        r"batch_stats|(running|moving)_(mean|var|variance)|(mean|var)_ema",
+        r"batch_stats|_overwrite_with_gradient|(running|moving)_(mean|var|variance)|(mean|var)_ema",
         r"([^/]*_)?router",
         r"logits|(lm_|output_)?head|classifier",
     )

@@ -293,6 +293,7 @@ class TestOverrides:
         ("batch_stats/BatchNorm_0/mean", True),
         ("features/running_var", True),
         ("net/moving_variance", True),
+        ("_overwrite_with_gradient/Dense_0/kernel_amax_history", True),
         ("moe/router/kernel", True),
         ("lm_head/kernel", True),
         ("head/bias", True),
