@@ -163,7 +163,7 @@ TABLE: tuple[Hardware, ...] = (
         half=FLOAT16,
         fp8="no",
         has_fp8=_never,
-        note="the numerics of half precision are exact here; its speed says nothing",
+        note="half precision can be tried here; its speed and memory say nothing",
         matches=lambda d: _platform(d) == "cpu",
     ),
 )

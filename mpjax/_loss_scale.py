@@ -26,10 +26,10 @@ from mpjax._typing import T
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class LossScale:
     """What all loss scales have: `scale`, `unscale`, `adjust` (jmp's methods) and `loss_scale`."""
 
+    loss_scale: Any
     _leaves: ClassVar[tuple[str, ...]] = ()
 
     def _factor(self) -> Any:
@@ -74,8 +74,7 @@ class LossScale:
 
     def _replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, not validated."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        new: Self = rebuild(type(self), **{**fields, **changes})
+        new: Self = rebuild(type(self), **{**vars(self), **changes})
         return new
 
 
@@ -134,10 +133,7 @@ class NoOpLossScale(LossScale):
     3.0
     """
 
-    @property
-    def loss_scale(self) -> float:
-        """Always 1."""
-        return 1.0
+    loss_scale: float = dataclasses.field(default=1.0, init=False)
 
 
 @register_state()

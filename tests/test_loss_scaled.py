@@ -107,6 +107,34 @@ def test_one_bad_value_anywhere_is_seen(leaf, index, value):
     assert int(state.skip_state.skips_total) == 1
 
 
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=150)
+def test_random_trees_stand_still(data):
+    """Any structure, any float dtypes, any number of bad values: no bit moves, and every good step is taken."""
+    dtypes = st.sampled_from(["float16", "bfloat16", "float32"])
+    shapes = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+    leaf = st.tuples(dtypes, shapes)
+    spec = data.draw(
+        st.recursive(leaf, lambda c: st.dictionaries(st.sampled_from("abc"), c, min_size=1) | st.lists(c, min_size=1))
+    )
+    is_leaf = lambda x: isinstance(x, tuple)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    random = lambda: jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s[1]), s[0]), spec, is_leaf=is_leaf)
+    params = random()
+    tx = mp.loss_scaled(optax.sgd(0.1, momentum=0.9), mp.DynamicLossScale(2.0**5))
+    _, state = tx.update(random(), tx.init(params), params)
+    grads = random()
+    for _ in range(data.draw(st.integers(1, 4))):
+        index = data.draw(st.integers(0, len(jax.tree.leaves(params)) - 1))
+        grads = poison(grads, index, 0, data.draw(st.sampled_from(BAD_VALUES)))
+    updates, after = tx.update(grads, state, params)
+    with jax.numpy_dtype_promotion("standard"):
+        assert bits(optax.apply_updates(params, updates)) == bits(params)
+    assert bits(after.skip_state.inner_state) == bits(state.skip_state.inner_state)
+    assert int(after.skip_state.skips_total) == 1
+
+
 @given(st.lists(st.floats(-(2.0**59), 2.0**59, width=32), min_size=4, max_size=4))
 @settings(max_examples=25)
 def test_finite_gradients_are_never_skipped(values):
