@@ -1,9 +1,9 @@
 """What a loss-scaled optimizer step costs over a plain one, compiled for TPU v5e.
 
-    make bench          or          python benchmarks/step_cost.py [--side 2048] [--write]
+    make bench          or          python benchmarks/step_cost.py [--sides 2048 4096] [--write]
 
-One AdamW step on eight square float32 matrices (128 MB in all at --side 2048), gradients given, parameters and state
-donated; with clipping by the global norm and without. Each row is the same step made safe against overflow in
+One AdamW step on eight square float32 matrices (128 MB in all at 2048 rows, 512 MB at 4096), gradients given,
+parameters and state donated; with clipping by the global norm and without. Each row is the same step made safe against overflow in
 another way; the columns are relative to the plain step, which is not safe at all. --write puts the tables into
 RESULTS.md.
 """
@@ -123,17 +123,19 @@ def table(costs: dict[str, Cost], gradient_bytes: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=2048, help="rows and columns of each of the eight matrices")
+    parser.add_argument("--sides", type=int, nargs="+", default=[2048, 4096], help="rows and columns of the matrices")
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     arguments = parser.parse_args()
-    gradient_bytes = 8 * arguments.side**2 * 4
+    sides = " ".join(map(str, arguments.sides))
     parts = [
         f"Compiled for one TPU v5e chip by libtpu {importlib.metadata.version('libtpu')}; jax {jax.__version__}, "
-        f"optax {optax.__version__}, mpjax {mp.__version__}, {gradient_bytes / 2**20:.0f} MB of float32 parameters. "
-        f"Command: `python benchmarks/step_cost.py --side {arguments.side}`."
+        f"optax {optax.__version__}, mpjax {mp.__version__}. Command: `python benchmarks/step_cost.py --sides {sides}`."
     ]
-    for title, clip in (("AdamW with clipping", True), ("AdamW without clipping", False)):
-        parts.append(f"### {title}\n\n{table(measure(clip, arguments.side), gradient_bytes)}")
+    for side in arguments.sides:
+        gradient_bytes = 8 * side**2 * 4
+        for title, clip in (("with clipping", True), ("without clipping", False)):
+            parts.append(f"### AdamW {title}, {gradient_bytes / 2**20:.0f} MB of float32 parameters")
+            parts.append(table(measure(clip, side), gradient_bytes))
     text = "\n\n".join(parts)
     print(text)
     if arguments.write:

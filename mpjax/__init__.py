@@ -6,6 +6,7 @@ The names here are the public API; modules that start with an underscore are not
 import importlib.metadata
 
 from mpjax import transforms as transforms
+from mpjax._convert import scale_gradients as scale_gradients
 from mpjax._dynamic_loss_scale import DynamicLossScale as DynamicLossScale
 from mpjax._grad import grad as grad
 from mpjax._grad import value_and_grad as value_and_grad
@@ -13,7 +14,6 @@ from mpjax._hardware import half_dtype as half_dtype
 from mpjax._loss_scale import LossScale as LossScale
 from mpjax._loss_scale import NoOpLossScale as NoOpLossScale
 from mpjax._loss_scale import StaticLossScale as StaticLossScale
-from mpjax._loss_scale import scale_gradients as scale_gradients
 from mpjax._overrides import default_overrides as default_overrides
 from mpjax._policy import Policy as Policy
 from mpjax._policy import cast_to_full as cast_to_full

@@ -18,6 +18,6 @@ def is_float0(x: Any) -> bool:
     return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
-def zero_gradient(x: Any) -> np.ndarray:
-    """The gradient of a leaf that cannot be differentiated (int, bool, PRNG key), as `jax.grad` gives it."""
-    return np.zeros(np.shape(x), jax.dtypes.float0)
+def no_gradient(x: Any) -> np.ndarray | None:
+    """The gradient of a leaf that has none: as `jax.grad` gives it for an array, `None` for anything else."""
+    return np.zeros(np.shape(x), jax.dtypes.float0) if hasattr(x, "dtype") or isinstance(x, int) else None

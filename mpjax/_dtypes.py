@@ -46,26 +46,44 @@ def canonical_dtype(dtype: Any, what: str = "dtype") -> np.dtype[Any]:
       TypeError: the dtype is known to numpy but is not a floating dtype that mpjax casts to.
       ValueError: the name is unknown.
     """
-    expected = f"a floating dtype: {known_names()}"
     if isinstance(dtype, str):
         found = _BY_NAME.get(dtype.strip().lower())
-        if found is not None:
-            return found
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
+    elif dtype is None or any(dtype is t for t in (bool, int, float, complex)):
+        found = None  # numpy reads these as 64-bit dtypes, which no one means here
+    else:
+        try:
+            found = jnp.dtype(dtype)
+        except TypeError:
+            found = None
+    if found is None:
+        # Names such as "int32" are known to numpy, and are wrong in another way than a typing error.
+        found = _numpy_dtype(dtype)
+    if found is None:
         raise ValueError(
-            problem(f"unknown {what} {dtype!r}.", expected=expected, write='"bfloat16" or jnp.bfloat16')
-        ) from None
+            problem(
+                f"unknown {what} {dtype!r}.",
+                expected=f"a floating dtype: {known_names()}",
+                write='"bfloat16" or jnp.bfloat16',
+            )
+        )
     if found not in _KNOWN:
         raise TypeError(
             problem(
-                f"{what} {found.name!r} is not a floating dtype that arrays are cast to.",
-                expected=expected,
+                f"{what} {str(found)!r} is not a floating dtype that arrays are cast to.",
+                expected=f"a floating dtype: {known_names()}",
                 write='"float32"; integers, booleans and complex numbers are never cast',
             )
         )
     return found
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """What numpy takes `dtype` for, if that is no floating dtype."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        return None
+    return None if dtype is None or jnp.issubdtype(found, jnp.floating) else found
 
 
 def is_float8(dtype: np.dtype[Any]) -> bool:

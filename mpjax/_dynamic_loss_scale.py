@@ -5,7 +5,6 @@ from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
-import jmp
 import numpy as np
 import optax
 
@@ -14,12 +13,10 @@ from mpjax._errors import problem
 from mpjax._loss_scale import (
     LARGEST_SCALE,
     LossScale,
-    NoOpLossScale,
-    StaticLossScale,
     bad_value,
     power_of_two,
 )
-from mpjax._state import register_state, register_with_flax
+from mpjax._state import register_state
 from mpjax._tree import check_flag
 from mpjax._typing import Scalar
 
@@ -32,9 +29,8 @@ class DynamicLossScale(LossScale):
     """A scale that grows after `period` clean steps and backs off on overflow.
 
     A pure state: arrays are its leaves, the rest is static, and it goes through `jit`, `scan`, `vmap`,
-    donation and checkpoints unchanged, in one trace. A leaf that was loaded damaged (zero, inf, NaN, out of
-    bounds, not a power of two) is repaired at its first use: to the initial scale where it is no number to work
-    from, else to the nearest power of two below it within the bounds.
+    donation and checkpoints unchanged, in one trace. A scale that was loaded damaged is repaired at its first use:
+    zero, negative, inf and NaN to 2**16 within the bounds, all else to the power of two below it within the bounds.
 
     Args:
       loss_scale: the initial scale, a power of two. Float32 of shape () once in the state.
@@ -52,7 +48,7 @@ class DynamicLossScale(LossScale):
 
     Raises:
       ValueError: a number is out of range; the message says which and what to write.
-      TypeError: `period` or `hysteresis` is not an integer.
+      TypeError: a scale or factor is not a real number, or a period or count is not a whole number.
 
     Examples:
       >>> import mpjax as mp
@@ -78,59 +74,59 @@ class DynamicLossScale(LossScale):
     hysteresis_refill: Literal["clean", "growth"] = "clean"
     hysteresis_left: Any = None
     at_floor: Any = 0
-    initial: float = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         floor, ceiling, factor = (
             power_of_two(getattr(self, name), name) for name in ("min_loss_scale", "max_loss_scale", "factor")
         )
-        backoff = 1 / factor if self.backoff_factor is None else power_of_two(self.backoff_factor, "backoff_factor")
-        period, hysteresis = (_at_least_one(getattr(self, name), name) for name in ("period", "hysteresis"))
+        backoff = None if self.backoff_factor is None else power_of_two(self.backoff_factor, "backoff_factor")
+        period, hysteresis = (_whole_number(getattr(self, name), name, 1) for name in ("period", "hysteresis"))
         if floor > ceiling:
             raise bad_value(
                 f"min_loss_scale {floor} is above max_loss_scale {ceiling}.", "floor <= ceiling", "min_loss_scale=1"
             )
         if factor <= 1:
             raise bad_value(f"factor is {factor}.", "a growth factor above 1", "factor=2")
-        if backoff >= 1:
+        if backoff is not None and backoff >= 1:
             raise bad_value(f"backoff_factor is {backoff}.", "a factor below 1", "backoff_factor=0.5")
         if self.hysteresis_refill not in ("clean", "growth"):
             raise bad_value(
                 f"hysteresis_refill is {self.hysteresis_refill!r}.", "'clean' or 'growth'", "hysteresis_refill='clean'"
             )
         # Inside vmap or jit the value is not known: it is taken as it is, and repaired like a loaded one.
-        initial = min(max(2.0**16, floor), ceiling) if is_tracer(self.loss_scale) else power_of_two(self.loss_scale)
-        if not floor <= initial <= ceiling:
-            raise bad_value(
-                f"loss_scale {initial} is outside [{floor}, {ceiling}].",
-                "min_loss_scale <= loss_scale <= max_loss_scale",
-                f"mp.DynamicLossScale({min(max(initial, floor), ceiling)}), or other bounds",
-            )
+        if not is_tracer(self.loss_scale) or jnp.shape(self.loss_scale) != ():
+            initial = power_of_two(self.loss_scale)
+            if not floor <= initial <= ceiling:
+                raise bad_value(
+                    f"loss_scale {initial} is outside [{floor}, {ceiling}].",
+                    "min_loss_scale <= loss_scale <= max_loss_scale",
+                    f"mp.DynamicLossScale({min(max(initial, floor), ceiling)}), or other bounds",
+                )
         left = hysteresis if self.hysteresis_left is None else self.hysteresis_left
         values = {
             "loss_scale": jnp.asarray(self.loss_scale, jnp.float32),
-            "counter": jnp.asarray(self.counter, jnp.int32),
-            "hysteresis_left": jnp.asarray(left, jnp.int32),
-            "at_floor": jnp.asarray(self.at_floor, jnp.int32),
+            "counter": _count(self.counter, "counter"),
+            "hysteresis_left": _count(left, "hysteresis_left"),
+            "at_floor": _count(self.at_floor, "at_floor"),
             "period": period,
             "factor": factor,
             "min_loss_scale": floor,
             "max_loss_scale": ceiling,
             "backoff_factor": backoff,
             "hysteresis": hysteresis,
-            "initial": initial,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        register_with_flax(type(self))
+        super().__post_init__()
 
     def _factor(self) -> Scalar:
         scale = jnp.asarray(self.loss_scale, jnp.float32)
         usable = jnp.isfinite(scale) & (scale > 0)
-        bounded = jnp.clip(scale, jnp.float32(self.min_loss_scale), jnp.float32(self.max_loss_scale))
+        floor, ceiling = jnp.float32(self.min_loss_scale), jnp.float32(self.max_loss_scale)
+        bounded = jnp.clip(jnp.where(usable, scale, jnp.float32(2.0**16)), floor, ceiling)
         # Clearing the mantissa rounds a normal float32 down to a power of two.
         bits = jax.lax.bitcast_convert_type(bounded, jnp.int32) & jnp.int32(_EXPONENT_BITS)
-        return jnp.where(usable, jax.lax.bitcast_convert_type(bits, jnp.float32), jnp.float32(self.initial))
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     def adjust(self, grads_finite: Any) -> Self:
         """Returns the next state: one clean step more, or one overflow."""
@@ -150,7 +146,7 @@ class DynamicLossScale(LossScale):
 
         left = jnp.maximum(left - 1, 0)
         backs_off = left == 0
-        lowered = scale * jnp.float32(self.backoff_factor)
+        lowered = scale * jnp.float32(1 / self.factor if self.backoff_factor is None else self.backoff_factor)
         held = backs_off & (lowered < self.min_loss_scale)
         lowered = jnp.where(backs_off, jnp.maximum(lowered, jnp.float32(self.min_loss_scale)), scale)
 
@@ -162,39 +158,21 @@ class DynamicLossScale(LossScale):
         )
 
 
-def as_loss_scale(loss_scale: Any) -> LossScale:
-    """Returns `loss_scale` as one of mpjax's; jmp's three classes are converted, field by field.
-
-    Raises:
-      TypeError: it is neither.
-    """
-    match loss_scale:
-        case LossScale():
-            return loss_scale
-        case jmp.NoOpLossScale():
-            return NoOpLossScale()
-        case jmp.StaticLossScale():
-            return StaticLossScale(float(loss_scale.loss_scale))
-        case jmp.DynamicLossScale():
-            return DynamicLossScale(
-                loss_scale.loss_scale,
-                loss_scale.counter,
-                int(loss_scale.period),
-                float(loss_scale.factor),
-                float(loss_scale.min_loss_scale),
-            )
-    raise TypeError(
-        problem(
-            f"loss_scale is {loss_scale!r}, a {type(loss_scale).__name__}.",
-            expected="a loss scale: NoOpLossScale, StaticLossScale or DynamicLossScale, mpjax's or jmp's",
-            write="mp.DynamicLossScale() or mp.StaticLossScale(1024.0)",
-        )
-    )
-
-
-def _at_least_one(value: Any, name: str) -> int:
+def _whole_number(value: Any, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(problem(f"{name} is {value!r}.", expected="a whole number of steps", write=f"{name}=2000"))
-    if value < 1:
-        raise bad_value(f"{name} is {value}.", "at least 1", f"{name}=1")
+        raise TypeError(problem(f"{name} is {value!r}.", expected="a whole number", write=f"{name}={least}"))
+    if not least <= value < 2**31:
+        raise bad_value(f"{name} is {value}.", f"a whole number from {least} to 2**31 - 1", f"{name}={least}")
     return int(value)
+
+
+def _count(value: Any, name: str) -> jax.Array:
+    """A counter as int32 of shape (): checked here where its value is known, clipped in use where it is not."""
+    if isinstance(value, jax.Array | np.ndarray) and (
+        value.shape != () or not jnp.issubdtype(value.dtype, jnp.integer)
+    ):
+        raise TypeError(
+            problem(f"{name} is {value!r}.", expected="a whole number, int32 of shape ()", write=f"{name}=0")
+        )
+    known = value if is_tracer(value) else _whole_number(value.item() if hasattr(value, "item") else value, name, 0)
+    return jnp.asarray(known, jnp.int32)

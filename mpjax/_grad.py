@@ -1,15 +1,17 @@
 """Gradients of a scaled loss, beside the true one."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mpjax._compat import zero_gradient
+from mpjax._compat import no_gradient
+from mpjax._convert import as_loss_scale
 from mpjax._dtypes import wide_dtype
-from mpjax._dynamic_loss_scale import as_loss_scale
 from mpjax._errors import listing, problem
 from mpjax._tree import is_inexact_leaf, path_name
 
@@ -34,13 +36,14 @@ def value_and_grad(
 
     Returns:
       A function of `loss_fn`'s arguments, keywords included, that returns `(loss, grads)`, or
-      `((loss, aux), grads)`. The loss is float32 (float64 is kept). Gradients have their parameters' dtypes;
-      leaves that have no gradient (integers, booleans, PRNG keys) get float0 zeros.
+      `((loss, aux), grads)`. The loss is float32 (float64 is kept). Gradients have their parameters' dtypes. Leaves
+      that have none get what JAX and equinox give them: float0 zeros for integers, booleans and PRNG keys, `None`
+      for what is no array. `loss_scaled` leaves such parameters alone.
 
     Raises:
       TypeError: the loss is complex or an integer, `loss_fn` does not return a pair although `has_aux`, or the
         arguments to differentiate hold no floats.
-      ValueError: the loss is not of shape (), or `argnums` names no positional argument.
+      ValueError: the loss is not of shape (), or `argnums` names no positional argument, or one twice.
 
     >>> import jax.numpy as jnp, mpjax as mp
     >>> loss, grads = mp.value_and_grad(lambda w: jnp.sum(w**2), mp.StaticLossScale(1024.0))(jnp.array([3.0]))
@@ -51,16 +54,7 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def with_value(*args: Any, **kwargs: Any) -> Any:
-        positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        for position in positions:
-            if not -len(args) <= position < len(args):
-                raise ValueError(
-                    problem(
-                        f"argnums is {argnums}, but the function was called with {len(args)} positional arguments.",
-                        expected="positions of positional arguments",
-                        write="grad_fn(params, batch), the argument to differentiate without its keyword",
-                    )
-                )
+        positions = _positions(argnums, len(args))
         chosen = tuple(args[position] for position in positions)
         leaves, structure = jax.tree.flatten(chosen)
         trainable = [is_inexact_leaf(leaf) for leaf in leaves]
@@ -81,9 +75,9 @@ def value_and_grad(
         moving = iter(float_grads)
         grads = jax.tree.unflatten(
             structure,
-            [next(moving) if moves else zero_gradient(leaf) for leaf, moves in zip(leaves, trainable, strict=True)],
+            [next(moving) if moves else no_gradient(leaf) for leaf, moves in zip(leaves, trainable, strict=True)],
         )
-        return ((loss, aux) if has_aux else loss), (grads[0] if isinstance(argnums, int) else grads)
+        return ((loss, aux) if has_aux else loss), (grads if isinstance(argnums, tuple | list) else grads[0])
 
     return with_value
 
@@ -117,6 +111,29 @@ def grad(
     return without_value
 
 
+def _positions(argnums: Any, count: int) -> tuple[int, ...]:
+    """The arguments to differentiate, counted from 0."""
+    wanted = tuple(argnums) if isinstance(argnums, tuple | list) else (argnums,)
+    try:
+        positions = tuple(operator.index(n) for n in wanted)
+    except TypeError:
+        positions = (count,)
+    if not all(-count <= n < count for n in positions):
+        raise ValueError(
+            problem(
+                f"argnums is {argnums!r}, but the function was called with {count} positional arguments.",
+                expected="positions of positional arguments",
+                write="grad_fn(params, batch), the argument to differentiate without its keyword",
+            )
+        )
+    positions = tuple(n % count for n in positions)
+    if len(set(positions)) < len(positions):
+        raise ValueError(
+            problem(f"argnums is {argnums!r}.", expected="each argument at most once", write="argnums=(0, 1)")
+        )
+    return positions
+
+
 def _split(result: Any, has_aux: bool) -> tuple[Any, Any]:
     if not has_aux:
         return result, None
@@ -132,7 +149,7 @@ def _split(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def _checked_loss(loss: Any) -> jax.Array:
-    if isinstance(loss, tuple | list | dict) or loss is None:
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
         raise TypeError(
             problem(
                 f"the function returned a {type(loss).__name__}, not a loss.",

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32
+from mpjax._errors import problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +186,24 @@ def hardware_of(device: Any = None) -> Hardware:
 
     Args:
       device: a `jax.Device`, or anything with those attributes. Default: the first local device.
+
+    Raises:
+      TypeError: `device` has no platform.
     """
     found = jax.local_devices()[0] if device is None else device
+    if not hasattr(found, "platform"):
+        raise TypeError(
+            problem(
+                f"device is {device!r}, a {type(device).__name__}.",
+                expected="one jax.Device, or an object with its platform, device_kind and compute_capability",
+                write='mp.default_policy(jax.devices("gpu")[0])',
+            )
+        )
     return next((row for row in TABLE if row.matches(found)), UNKNOWN)
 
 
-def half_dtype(device: Any = None) -> np.dtype[Any]:
-    """The 16-bit dtype for a device: bfloat16 wherever the hardware has it, float16 elsewhere.
+def half_dtype(device: Any = None) -> Any:
+    """The 16-bit dtype for a device: bfloat16 wherever the hardware has it, float16 on the CPU and older GPUs.
 
     It is `jmp.half_dtype` but for GPUs with bfloat16 tensor cores (A100 and later, MI200 and later), where
     jmp says float16 and this says bfloat16, which needs no loss scaling.
@@ -199,10 +212,13 @@ def half_dtype(device: Any = None) -> np.dtype[Any]:
       device: a `jax.Device`. Default: the first local device.
 
     Returns:
-      `bfloat16` or `float16`, as a `numpy.dtype`.
+      `jnp.bfloat16` or `jnp.float16`: a scalar type, as in jmp, so that `half_dtype()(2.0)` is a number.
 
-    >>> import jax, mpjax as mp
-    >>> mp.half_dtype(jax.devices("cpu")[0])
-    dtype('float16')
+    Raises:
+      TypeError: `device` has no platform.
+
+    >>> import jax, jax.numpy as jnp, mpjax as mp
+    >>> mp.half_dtype(jax.devices("cpu")[0]) == jnp.float16
+    True
     """
-    return hardware_of(device).half
+    return jnp.bfloat16 if hardware_of(device).half == BFLOAT16 else jnp.float16

@@ -32,6 +32,9 @@ class LossScale:
     loss_scale: Any
     _leaves: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        register_with_flax(type(self))
+
     def _factor(self) -> Any:
         """The number to multiply by, or None for 1."""
         return None
@@ -48,7 +51,7 @@ class LossScale:
           The scaled tree; float16 and bfloat16 leaves become float32.
         """
         factor = self._factor()
-        return tree if factor is None else scale_gradients(tree, factor)
+        return tree if factor is None else multiply(tree, factor)
 
     def unscale(self, tree: T) -> T:
         """Divides floats by the scale, in float32 or wider: `unscale(scale(x)) == x`.
@@ -88,39 +91,15 @@ def _apply(op: Callable[..., Any], x: Any, factor: Any) -> Any:
     return op(x, jnp.asarray(factor, x.dtype))
 
 
-def scale_gradients(grads: T, scale: Any) -> T:
-    """Multiplies every number of a tree by one factor, in float32 or wider.
-
-    Args:
-      grads: any tree. Python floats stay Python floats when `scale` is a Python number; float16 and bfloat16
-        arrays become float32; integers, booleans, PRNG keys, `None`, float0 and fp8 leaves stay as they are.
-      scale: a Python number, an array of shape (), or a loss scale.
-
-    Raises:
-      ValueError: `scale` is not one number.
-
-    >>> import mpjax as mp
-    >>> mp.scale_gradients([1.0, -2.0, {"bias": 3.0}], 0.5)
-    [0.5, -1.0, {'bias': 1.5}]
-    """
-    if isinstance(scale, LossScale):
-        return scale.scale(grads)
-    is_number = isinstance(scale, int | float | np.generic | np.ndarray | jax.Array) and jnp.shape(scale) == ()
-    if not is_number or not jnp.issubdtype(jnp.result_type(scale), jnp.number):
-        raise ValueError(
-            problem(
-                f"scale is {scale!r}.",
-                expected="one number: a Python float or an array of shape ()",
-                write="mp.scale_gradients(grads, 0.5)",
-            )
-        )
+def multiply(tree: T, factor: Any) -> T:
+    """Multiplies every number of a tree, in float32 or wider; Python numbers by Python numbers stay such."""
 
     def one(x: Any) -> Any:
-        if isinstance(x, float | complex) and isinstance(scale, int | float):
-            return x * scale
-        return _apply(jnp.multiply, x, scale)
+        if isinstance(x, float | complex) and isinstance(factor, int | float):
+            return x * factor
+        return _apply(jnp.multiply, x, factor)
 
-    return map_inexact(one, grads)
+    return map_inexact(one, tree)
 
 
 @register_state()
@@ -157,7 +136,7 @@ class StaticLossScale(LossScale):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", power_of_two(self.loss_scale, "loss_scale", "StaticLossScale"))
-        register_with_flax(type(self))
+        super().__post_init__()
 
     def _factor(self) -> float:
         return self.loss_scale
@@ -169,17 +148,25 @@ def bad_value(what: str, expected: str, write: str) -> ValueError:
 
 def power_of_two(value: Any, name: str = "loss_scale", cls: str = "DynamicLossScale") -> float:
     """Checks one number of the configuration and returns it as a Python float."""
-    if jnp.shape(value) != ():
-        raise bad_value(
-            f"{name} has shape {jnp.shape(value)}.",
-            "one number",
-            f"jax.vmap(mp.{cls})({name}s) for one state a member",
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
+    if not is_number or jnp.issubdtype(getattr(value, "dtype", np.float32), jnp.complexfloating):
+        raise TypeError(
+            problem(f"{name} is {value!r}.", expected="a positive, finite power of two", write=f"{name}=2.0**16")
         )
-    number = float(value)
+    if np.shape(value) != ():
+        raise bad_value(
+            f"{name} has shape {np.shape(value)}.",
+            "one number; an ensemble has one state a member",
+            "jax.vmap(mp.DynamicLossScale)(loss_scales)",
+        )
+    try:
+        number = float(value)
+    except OverflowError:  # a Python integer past float64
+        number = math.inf
     if not (math.isfinite(number) and number > 0):
-        raise bad_value(f"{name} is {number}.", "a positive, finite power of two", f"mp.{cls}({name}=2.0**16)")
+        raise bad_value(f"{name} is {number}.", "a positive, finite power of two", f"mp.{cls}({name}=2.0**k)")
     if math.frexp(number)[0] != 0.5 or not SMALLEST_SCALE <= number <= LARGEST_SCALE:
-        nearest = min(max(2.0 ** math.floor(math.log2(number)), SMALLEST_SCALE), LARGEST_SCALE)
+        nearest = min(max(2.0 ** math.ceil(math.log2(number)), SMALLEST_SCALE), LARGEST_SCALE)
         raise bad_value(
             f"{name} is {number}, not a power of two from 2**-126 to 2**127.",
             "a power of two: multiplying and dividing by it is exact",

@@ -22,7 +22,15 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises a ValueError if `pattern` is not a regular expression."""
+    """Raises an error if `pattern` is not a regular expression, as a string."""
+    if not isinstance(pattern, str):
+        raise TypeError(
+            problem(
+                f"override {pattern!r} is a {type(pattern).__name__}.",
+                expected="a regular expression as a string; case is ignored",
+                write="r'.*norm.*'",
+            )
+        )
     try:
         _compiled(pattern)
     except re.error as error:
@@ -42,18 +50,20 @@ def cast_by_path(tree: T, default: P, overrides: Sequence[tuple[str, P]], dtype_
       ValueError: overrides that match one path disagree.
 
     Warns:
-      UserWarning: an override matches no path of a tree with named leaves.
+      UserWarning: an override matches no path of the tree.
     """
     unused = {pattern for pattern, _ in overrides}
-    named = []
+    names = []
 
     def one(path: tuple[Any, ...], x: Any) -> Any:
         if not is_float_leaf(x):
             return x
         name = path_name(path)
-        if not name.replace("/", "").isdigit() and name:
-            named.append(name)
-        found = [(pattern, value) for pattern, value in overrides if _compiled(pattern).fullmatch(name)]
+        if path:
+            names.append(name)
+        # The name leaves out the .value of NNX's variables; a dataclass may have a parameter of that name.
+        spellings = {name, path_name(path, keep_value=True)}
+        found = [(p, value) for p, value in overrides if any(map(_compiled(p).fullmatch, spellings))]
         unused.difference_update(pattern for pattern, _ in found)
         if any(value != found[0][1] for _, value in found):
             raise ValueError(
@@ -67,12 +77,12 @@ def cast_by_path(tree: T, default: P, overrides: Sequence[tuple[str, P]], dtype_
         return cast_leaf(x, dtype_of(found[0][1] if found else default))
 
     result = jax.tree_util.tree_map_with_path(one, tree)
-    # A bare array or a tuple of them has no names that a pattern could match: nothing to report.
-    if unused and named:
+    # A bare array has no path that a pattern could match: nothing to report.
+    if unused and names:
         warnings.warn(
             problem(
                 f"overrides that match no path: {', '.join(map(repr, sorted(unused)))}. The paths are\n"
-                f"{listing(named)}",
+                f"{listing(names)}",
                 expected="each pattern to match the whole path of at least one float leaf",
                 write="r'.*norm.*', with .* on both sides; cast batches with a policy that has no overrides",
             ),
@@ -94,10 +104,10 @@ def default_overrides() -> dict[str, str]:
     >>> policy = mp.get_policy("mixed_bfloat16").with_overrides(mp.default_overrides())
     """
     parts = (
-        r"[^/]*norm[^/]*",
-        r"([^/]*_)?(bn|ln)(_?[^/_]{1,2})?",
+        r"[^/]*norm(alization)?\d*(_[^/]*)?",
+        r"([^/]*_)?(bn|ln)(\d+|_[^/]*)?",
         r"batch_stats|_overwrite_with_gradient|(running|moving)_(mean|var|variance)|(mean|var)_ema",
-        r"([^/]*_)?router",
-        r"logits|(lm_|output_)?head|classifier",
+        r"([^/]*_)?router(_[^/]*)?",
+        r"(to_)?logits(_[^/]*)?|((lm|mlm|cls|output|vocab|classification)_)?head|classifier",
     )
     return {rf"(.*/)?({'|'.join(parts)})(/.*)?": "float32"}

@@ -34,9 +34,12 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
       reduce_dtype: the dtype that gradients are summed in across devices.
       overrides: pairs of a path pattern and the policy of the parameters there; see `with_overrides`.
 
+    The dtypes are `numpy.dtype`s; jmp's are scalar types, so `policy.compute_dtype(1.0)` is `jnp.asarray(1.0,
+    policy.compute_dtype)` here.
+
     Raises:
       TypeError: a dtype is not floating (integers, booleans, complex numbers).
-      ValueError: a dtype's name is unknown.
+      ValueError: a dtype's name is unknown, or one that is not for compute has 8 bits.
 
     Examples:
       >>> import jax.numpy as jnp, mpjax as mp
@@ -58,7 +61,16 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
 
     def __post_init__(self) -> None:
         for name in ("param_dtype", "compute_dtype", "output_dtype", "reduce_dtype"):
-            object.__setattr__(self, name, canonical_dtype(getattr(self, name), name))
+            dtype = canonical_dtype(getattr(self, name), name)
+            if is_float8(dtype) and name != "compute_dtype":
+                raise ValueError(
+                    problem(
+                        f"{name} is {dtype}, which without a scale is inf, NaN or 0 for most values.",
+                        expected="an 8-bit dtype for compute alone; 16 bits or more for all others",
+                        write='mp.get_policy("mixed_float8"), or params=float32,compute=float8_e4m3fn,output=float32',
+                    )
+                )
+            object.__setattr__(self, name, dtype)
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
 
     def __str__(self) -> str:
@@ -113,7 +125,7 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
             when two patterns that match one path name different policies.
 
         Warns:
-          UserWarning: on a cast of a tree with named leaves, when a pattern matches no path in it.
+          UserWarning: on a cast of a tree (not of a bare array), when a pattern matches no path in it.
 
         >>> import jax.numpy as jnp, mpjax as mp
         >>> policy = mp.get_policy("mixed_bfloat16").with_overrides({r".*(norm|bn).*": "float32"})
@@ -122,7 +134,15 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
         >>> cast["dense"]["kernel"].dtype.name, cast["LayerNorm_0"]["scale"].dtype.name
         ('bfloat16', 'float32')
         """
-        return dataclasses.replace(self, overrides=tuple((k, _as_policy(v)) for k, v in overrides.items()))
+        if not isinstance(overrides, Mapping):
+            raise TypeError(
+                problem(
+                    f"overrides is {overrides!r}.",
+                    expected="a mapping from patterns to policies or dtypes",
+                    write='policy.with_overrides({r".*norm.*": "float32"})',
+                )
+            )
+        return dataclasses.replace(self, overrides=tuple(overrides.items()))
 
     def _cast(self, tree: T, kind: str) -> T:
         return cast_by_path(tree, self, self.overrides, lambda policy: _tree_dtype(policy, kind))
@@ -158,8 +178,7 @@ def get_policy(policy: Any) -> Policy:
             problem(f"policy is {policy!r}, a {type(policy).__name__}.", expected="a string or a policy", write=EXAMPLE)
         )
     parsed = parse_policy(policy)
-    overrides = tuple((pattern, _as_policy(value)) for pattern, value in parsed.overrides.items())
-    return Policy(*parsed[:4], overrides)
+    return Policy(*parsed[:4], tuple(parsed.overrides.items()))
 
 
 def default_policy(device: Any = None) -> Policy:
@@ -211,8 +230,11 @@ def _as_policy(value: Any) -> Policy:
 
 
 def _checked_overrides(overrides: Any) -> tuple[tuple[str, Policy], ...]:
-    for pattern, policy in overrides:
+    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+    rules = {}
+    for pattern, value in pairs:
         check_pattern(pattern)
+        policy = rules[pattern] = _as_policy(value)
         if policy.overrides:
             raise ValueError(
                 problem(
@@ -222,4 +244,4 @@ def _checked_overrides(overrides: Any) -> tuple[tuple[str, Policy], ...]:
                 )
             )
     # Sorted, since their order has no meaning: equal sets of rules make equal policies.
-    return tuple(sorted(dict(overrides).items()))
+    return tuple(sorted(rules.items()))

@@ -1,6 +1,7 @@
 """The grammar of policy strings: text in, dtypes out. Nothing else in the package reads such strings."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ _KEYS = {
     "r": "reduce_dtype",
     "reduce": "reduce_dtype",
 }
+_OVERRIDES = re.compile(r"\boverrides\s*=", re.IGNORECASE)
 
 
 class ParsedPolicy(NamedTuple):
@@ -42,14 +44,15 @@ class ParsedPolicy(NamedTuple):
 
 def parse_policy(text: str) -> ParsedPolicy:
     """Reads a preset's name, one dtype's name, or `key=dtype` pairs with `overrides={JSON}` at the end."""
-    head, has_overrides, tail = text.partition("overrides=")
+    head, *tail = _OVERRIDES.split(text, maxsplit=1)
+    head = head.strip().removesuffix(",") if tail else head
     head = PRESETS.get(head.strip().lower(), head)
-    if "=" in head or has_overrides:
+    overrides = _parse_overrides(tail[0]) if tail else {}
+    if "=" in head or (not head.strip() and tail):
         dtypes = _parse_pairs(head, text)
         param = dtypes.get("param_dtype", FLOAT32)
         compute = dtypes.get("compute_dtype", param)
         output = dtypes.get("output_dtype", compute)
-        overrides = _parse_overrides(tail) if has_overrides else {}
         return ParsedPolicy(param, compute, output, dtypes.get("reduce_dtype", FLOAT32), overrides)
     try:
         dtype = _parse_dtype(head, "policy")
@@ -61,11 +64,11 @@ def parse_policy(text: str) -> ParsedPolicy:
                 write=EXAMPLE,
             )
         ) from None
-    return ParsedPolicy(dtype, dtype, dtype, FLOAT32, {})
+    return ParsedPolicy(dtype, dtype, dtype, FLOAT32, overrides)
 
 
 def _parse_dtype(text: str, what: str) -> np.dtype[Any]:
-    return half_dtype() if text.strip().lower() in HALF_NAMES else canonical_dtype(text, what)
+    return canonical_dtype(half_dtype() if text.strip().lower() in HALF_NAMES else text, what)
 
 
 def _parse_pairs(text: str, whole: str) -> dict[str, np.dtype[Any]]:
@@ -77,7 +80,7 @@ def _parse_pairs(text: str, whole: str) -> dict[str, np.dtype[Any]]:
             raise ValueError(
                 problem(
                     f"{'unknown key' if name is None else 'second value for'} {key.strip()!r} in policy {whole!r}.",
-                    expected="each of params, compute, output, reduce at most once (or p, c, o, r)",
+                    expected="params, compute, output, reduce (or p, c, o, r) once each at most, then overrides={JSON}",
                     write=EXAMPLE,
                 )
             )

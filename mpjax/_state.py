@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from mpjax._errors import problem
 
@@ -49,7 +50,11 @@ def rebuild(cls: type[Any], **fields: Any) -> Any:
 
 
 def register_with_flax(cls: type[Any]) -> None:
-    """Teaches `flax.serialization` the class once flax is loaded; mpjax itself never imports flax."""
+    """Teaches `flax.serialization` the class once flax is loaded; mpjax itself never imports flax.
+
+    Called whenever a state is made or rebuilt, so whichever of flax and the state comes first, any step between
+    them is enough.
+    """
     flax = sys.modules.get("flax.serialization")
     if flax is None or not hasattr(flax, "register_serialization_state") or flax.is_serializable(cls):
         return
@@ -64,6 +69,9 @@ def register_with_flax(cls: type[Any]) -> None:
                     write=f"a new state: mp.{cls.__name__}()",
                 )
             )
-        return target._replace(**{name: saved[name] for name in cls._leaves})
+        # In the target's dtypes: under x64, integers that were saved as such would come back with 64 bits.
+        return target._replace(
+            **{name: jnp.asarray(saved[name], jnp.result_type(getattr(target, name))) for name in cls._leaves}
+        )
 
     flax.register_serialization_state(cls, lambda x: {n: getattr(x, n) for n in cls._leaves}, restore)

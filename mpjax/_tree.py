@@ -42,8 +42,14 @@ def cast_floats(tree: T, dtype: np.dtype[Any]) -> T:
 
 
 def widen(tree: T) -> T:
-    """Casts float leaves narrower than float32 to float32 and leaves all others as they are."""
-    return jax.tree.map(lambda x: cast_leaf(x, wide_dtype(x.dtype)) if is_float_leaf(x) else x, tree)
+    """Casts float leaves narrower than float32 to float32, Python's numbers included; all others stay."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, float | complex) and not isinstance(x, np.generic):
+            return jnp.asarray(x)
+        return cast_leaf(x, wide_dtype(x.dtype)) if is_float_leaf(x) else x
+
+    return jax.tree.map(one, tree)
 
 
 def map_inexact(fn: Callable[[Any], Any], tree: T) -> T:
@@ -60,12 +66,12 @@ def map_inexact(fn: Callable[[Any], Any], tree: T) -> T:
     return jax.tree.map(one, tree)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...], keep_value: bool = False) -> str:
     """Writes a tree path as `"encoder/layers/0/kernel"`, the same for dicts, Linen and NNX.
 
-    The `.value` that `nnx.Variable` and Linen's `Partitioned` boxes put at the end is left out.
+    The `.value` that `nnx.Variable` and Linen's `Partitioned` boxes put at the end is left out, unless asked for.
     """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+    if not keep_value and path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -94,16 +100,24 @@ def all_finite(tree: Tree) -> Scalar:
 
 def check_flag(pred: Any, what: str) -> Scalar:
     """Returns `pred` as a bool array of shape (), or raises an error that says what it was."""
-    shape, dtype = jnp.shape(pred), jnp.result_type(pred)
+    shape, dtype = _shape_and_dtype(pred)
     if shape != () or dtype != jnp.bool_:
+        described = f"is a {type(pred).__name__}" if dtype is None else f"has shape {shape} and dtype {dtype}"
         raise TypeError(
             problem(
-                f"{what} has shape {shape} and dtype {dtype}.",
+                f"{what} {described}.",
                 expected="one boolean: shape () and dtype bool",
                 write="mp.all_finite(grads)",
             )
         )
     return jnp.asarray(pred)
+
+
+def _shape_and_dtype(x: Any) -> tuple[Any, Any]:
+    """Shape and dtype of a leaf, (None, None) for what is neither array nor number."""
+    if isinstance(x, bool | int | float | complex):
+        return (), jnp.result_type(x)
+    return getattr(x, "shape", None), getattr(x, "dtype", None)
 
 
 def select_tree(pred: Any, on_true: T, on_false: T) -> T:
@@ -117,7 +131,7 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
       on_false: the tree returned elsewhere: same structure, shapes and dtypes.
 
     Raises:
-      TypeError: `pred` is not one boolean, or two leaves differ in dtype or shape (all are listed).
+      TypeError: `pred` is not one boolean, or two leaves differ in dtype or shape or are no arrays (all are listed).
       ValueError: the structures differ.
 
     >>> import jax.numpy as jnp, mpjax as mp
@@ -129,9 +143,12 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
     check_same_structure(on_true, on_false, "on_true", "on_false")
     bad = []
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(on_true), jax.tree.leaves(on_false), strict=True):
-        sides = [(jnp.shape(x), getattr(x, "dtype", jnp.result_type(x))) for x in (a, b)]
-        if sides[0] != sides[1]:
-            bad.append(f"{path_name(path) or '<root>'}: {sides[0][1]}{sides[0][0]} against {sides[1][1]}{sides[1][0]}")
+        (shape_a, dtype_a), (shape_b, dtype_b) = _shape_and_dtype(a), _shape_and_dtype(b)
+        name = path_name(path) or "<root>"
+        if dtype_a is None or dtype_b is None:
+            bad.append(f"{name}: {type(a).__name__} against {type(b).__name__}, not arrays")
+        elif (shape_a, dtype_a) != (shape_b, dtype_b):
+            bad.append(f"{name}: {dtype_a}{shape_a} against {dtype_b}{shape_b}")
     if bad:
         raise TypeError(
             problem(
@@ -156,6 +173,6 @@ def check_same_structure(a: Tree, b: Tree, name_a: str, name_b: str) -> None:
         problem(
             f"{name_a} and {name_b} have different tree structures:\n{listing(rows)}",
             expected="one leaf for each leaf, in containers of the same types",
-            write=f"{name_a} = jax.tree.unflatten(jax.tree.structure({name_b}), jax.tree.leaves({name_a}))",
+            write=f"{name_a} and {name_b} that come from the same tree",
         )
     )

@@ -1,11 +1,16 @@
 """loss_scaled and its parts inside and around optax's own combinators, and in Flax's train state."""
 
+from collections.abc import Callable
+
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.training.train_state import TrainState
 from helpers import bits
 
@@ -55,7 +60,7 @@ INNER = {
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=optax.linear_schedule(0.1, 0, 9)),
     "schedule": lambda: optax.adam(optax.cosine_decay_schedule(0.1, 10)),
     "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
-    "lookahead_like": lambda: optax.chain(optax.adam(1e-2), optax.ema(0.9)),
+    "ema": lambda: optax.chain(optax.adam(1e-2), optax.ema(0.9)),
 }
 
 
@@ -110,12 +115,34 @@ def test_inside_each_combinator_an_overflow_backs_off(name):
     assert float(mp.get_loss_scale(state).loss_scale) == 2.0**5
 
 
-def test_multisteps_outside_never_lets_a_nan_through():
-    """O3: one inf poisons MultiSteps' accumulator for good; skipped or not, no parameter is touched by it."""
+def test_multisteps_outside_is_poisoned_for_good_but_not_the_parameters():
+    """O3: an inf stays in MultiSteps' accumulator. Every window is skipped from then on, which the counts tell."""
     tx = optax.MultiSteps(mp.loss_scaled(optax.adam(1e-2), SCALE), 2)
-    params, state = steps(tx, [1.0, jnp.inf, 1.0, 1.0])
-    assert bool(mp.all_finite(params))
-    assert int(optax.tree.get(state, "skips_total")) >= 1
+    clean, _ = steps(tx, [1.0, 1.0])
+    params, state = steps(tx, [1.0, 1.0, jnp.inf, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert bits(params) == bits(clean)
+    assert int(optax.tree.get(state, "skips_in_a_row")) == 3
+    assert float(mp.get_loss_scale(state).loss_scale) == 2.0**3
+
+
+def test_multisteps_inside_gets_extra_arguments():
+    inner = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(patience=1))
+    params, _ = steps(mp.loss_scaled(optax.MultiSteps(inner, 1), SCALE), [1.0], value=jnp.float32(2.0))
+    assert_close(params["a"], jnp.zeros(3))
+
+
+def test_lookahead():
+    """Its parameters are a pair of trees, its gradients are one."""
+    tx = mp.loss_scaled(optax.lookahead(optax.sgd(0.5), 2, 0.5), mp.StaticLossScale(4.0))
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    state = tx.init(params)
+    for value in (1.0, jnp.nan, 1.0):
+        grads = jax.tree.map(lambda p, v=value: jnp.full(p.shape, 4.0 * v), PARAMS)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(params.slow["a"], jnp.full(3, 0.5))
+    assert_close(params.fast["a"], jnp.full(3, 0.5))
+    assert int(state.skip_state.skips_total) == 1
 
 
 def test_multisteps_inside_drops_the_bad_microbatch_alone():
@@ -186,6 +213,96 @@ def test_inject_hyperparams_with_bfloat16_parameters():
     assert bool(mp.all_finite((new, state)))
     assert float(state.skip_state.inner_state.hyperparams["b2"]) == pytest.approx(0.999)
     assert bits(new) != bits(params)
+
+
+@pytest.mark.parametrize("style", ["filtered", "whole model"])
+def test_equinox_loop(style):
+    """Functions and integers in the model are left alone, with parameters filtered or not."""
+
+    class Net(eqx.Module):
+        linear: eqx.nn.Linear
+        activation: Callable
+        depth: jax.Array
+
+        def __call__(self, x):
+            return self.activation(self.linear(x)) * self.depth
+
+    model = Net(eqx.nn.Linear(2, 1, key=jax.random.key(0)), jnp.tanh, jnp.array(2))
+    tx = mp.loss_scaled(optax.adamw(1e-2), SCALE)
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array) if style == "filtered" else model)
+
+    @eqx.filter_jit
+    def step(model, state, x):
+        loss, grads = mp.value_and_grad(lambda m, x: jnp.mean(jax.vmap(m)(x) ** 2), mp.get_loss_scale(state))(model, x)
+        if style == "filtered":
+            grads = eqx.filter(grads, eqx.is_inexact_array)
+            updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
+        else:
+            updates, state = tx.update(grads, state, model)
+        return eqx.apply_updates(model, updates), state, loss
+
+    x = jnp.ones((4, 2))
+    first, state, loss = step(model, state, x)
+    second, state, later = step(first, state, x)
+    assert later < loss
+    third, state, _ = step(second, state, x * jnp.nan)
+    assert bits(eqx.filter(third, eqx.is_array)) == bits(eqx.filter(second, eqx.is_array))
+    assert third.activation is jnp.tanh
+    assert int(third.depth) == 2
+    assert int(state.skip_state.skips_total) == 1
+
+
+def test_haiku_loop():
+    def forward(x):
+        return hk.Linear(1)(jnp.tanh(hk.Linear(4)(x)))
+
+    policy = mp.get_policy("mixed_float16")
+    net = hk.without_apply_rng(hk.transform(forward))
+    x = jnp.ones((4, 2))
+    params = net.init(jax.random.key(0), x)
+    tx = mp.loss_scaled(optax.adam(1e-2), SCALE)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, x):
+        loss_fn = lambda p, x: jnp.mean(policy.cast_to_output(net.apply(*policy.cast_to_compute((p, x)))) ** 2)
+        loss, grads = mp.value_and_grad(loss_fn, mp.get_loss_scale(state))(params, x)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    first, state, loss = step(params, state, x)
+    second, state, later = step(first, state, x)
+    assert later < loss
+    third, state, _ = step(second, state, x * jnp.inf)
+    assert bits(third) == bits(second)
+    assert int(state.skip_state.skips_total) == 1
+
+
+def test_nnx_optimizer(count_traces):
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, mp.loss_scaled(optax.adam(1e-2), SCALE), wrt=nnx.Param)
+
+    @count_traces
+    def step(model, optimizer, x):
+        scale = mp.get_loss_scale(optimizer.opt_state)
+
+        def loss_fn(model):
+            loss = jnp.mean(model(x) ** 2)
+            return scale.scale(loss), loss
+
+        grads, loss = nnx.grad(loss_fn, has_aux=True)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    jitted = nnx.jit(step)
+    x = jnp.ones((4, 3))
+    assert jitted(model, optimizer, x) > jitted(model, optimizer, x)
+    before = bits(nnx.state(model))
+    jitted(model, optimizer, x * jnp.inf)
+    assert bits(nnx.state(model)) == before
+    assert int(optimizer.opt_state.skip_state.skips_total[...]) == 1
+    assert float(mp.get_loss_scale(optimizer.opt_state).scale(jnp.float32(1.0))) == 2.0**6
+    assert step.traces == 1
 
 
 def test_flax_train_state():

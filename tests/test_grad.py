@@ -103,6 +103,8 @@ def test_float16_gradients_that_underflow_are_kept_by_scaling():
 def test_any_tree():
     """Integers, keys and None among the parameters: flax's DynamicScale raises on them (F8)."""
     params = {"w": jnp.ones(2), "step": jnp.array(3), "rng": jax.random.key(0), "none": None, "list": [1.0, 2]}
+    assert mp.grad(lambda p: p["f"](p["w"]).sum(), SCALE)({"w": jnp.ones(2), "f": jnp.tanh})["f"] is None
+    assert mp.grad(lambda w, b: w.sum(), SCALE, argnums=np.int64(0))(jnp.ones(2), 1).shape == (2,)
 
     def loss(p):
         noise = jax.random.normal(p["rng"], (2,))
@@ -189,6 +191,19 @@ BAD = {
         "called with 0 positional arguments",
         "without its keyword",
     ),
+    "argnums twice": (
+        lambda: mp.value_and_grad(lambda a, b: a.sum(), SCALE, argnums=(0, -2))(W, W),
+        ValueError,
+        "argnums is (0, -2)",
+        "argnums=(0, 1)",
+    ),
+    "argnums is no position": (
+        lambda: mp.value_and_grad(lambda w: w.sum(), SCALE, argnums="w")(W),
+        ValueError,
+        "argnums is 'w'",
+        "grad_fn(params, batch)",
+    ),
+    "a string": (lambda: mp.grad(lambda w: "x", SCALE)(W), TypeError, "returned a str", "has_aux=True"),
     "no floats": (
         lambda: mp.grad(lambda w: 1.0, SCALE)({"a": jnp.arange(2)}),
         TypeError,

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import mpjax as mp
@@ -67,7 +68,20 @@ def test_this_machine():
 @pytest.mark.parametrize("name", DEVICES)
 def test_half_dtype_is_sixteen_bits(name):
     device, compute, _ = DEVICES[name]
-    half = mp.half_dtype(device)
+    half = jnp.dtype(mp.half_dtype(device))
     assert half.itemsize == 2
     if compute != "float32":
         assert half == compute
+
+
+@pytest.mark.parametrize("device", ["tpu", 0, [FakeDevice("tpu", "TPU v4")]], ids=str)
+def test_what_is_no_device(device):
+    for fn in (mp.default_policy, mp.half_dtype):
+        with pytest.raises(TypeError, match=r"one jax\.Device") as error:
+            fn(device)
+        assert repr(device) in str(error.value)
+
+
+def test_half_dtype_makes_numbers():
+    """jmp's README: jmp.half_dtype()(2 ** 15)."""
+    assert mp.half_dtype()(2.0**15) == 2.0**15

@@ -239,12 +239,29 @@ def test_any_loaded_bits_are_repaired(scale_bits, counter, left, finite):
 
 
 @pytest.mark.parametrize("damaged", [np.inf, -np.inf, np.nan, 0.0, -4.0])
-def test_a_scale_that_is_no_number_goes_back_to_the_initial_one(damaged):
+def test_a_scale_that_is_no_number_starts_again(damaged):
     state = mp.DynamicLossScale(2.0**9)
     loaded = state._replace(loss_scale=jnp.float32(damaged))
-    assert float(loaded.scale(jnp.float32(1.0))) == 2.0**9
-    assert float(loaded.adjust(True).loss_scale) == 2.0**9
-    assert float(loaded.adjust(False).loss_scale) == 2.0**8
+    assert float(loaded.scale(jnp.float32(1.0))) == 2.0**16
+    assert float(loaded.adjust(True).loss_scale) == 2.0**16
+    assert float(loaded.adjust(False).loss_scale) == 2.0**15
+    bounded = mp.DynamicLossScale(2.0**4, max_loss_scale=2.0**8)._replace(loss_scale=jnp.float32(damaged))
+    assert float(bounded.adjust(True).loss_scale) == 2.0**8
+
+
+@given(st.floats(0.5, 2.0**20, width=32))
+def test_a_scale_that_is_no_power_of_two_is_rounded_down(value):
+    """jmp's and mpx's checkpoints may hold one (65504)."""
+    loaded = mp.DynamicLossScale(1.0, min_loss_scale=0.5, max_loss_scale=2.0**20)._replace(loss_scale=np.float32(value))
+    assert float(loaded.adjust(True).loss_scale) == 2.0 ** math.floor(math.log2(value))
+
+
+def test_unscaling_at_both_ends_of_the_range():
+    """1 / 2**127 is no normal float32: multiplying by it would give 0."""
+    for scale in (2.0**127, 2.0**-126):
+        state = mp.StaticLossScale(scale)
+        assert state.unscale(jnp.float32(scale)) == 1.0
+        assert state.unscale(state.scale(jnp.float32(1.5))) == 1.5
 
 
 def test_counters_saturate():
@@ -312,13 +329,14 @@ def test_scale_gradients():
     assert out["h"].dtype == jnp.float32
     assert out["f"].tolist() == [3.0, 3.0]
     assert out["i"].tolist() == [0, 1]
-    assert mp.scale_gradients([1.5], mp.StaticLossScale(4.0)) == [6.0]
+    for four in (mp.StaticLossScale(4.0), jmp.StaticLossScale(4.0)):
+        assert mp.scale_gradients([1.5], four) == [6.0]
     assert jax.jit(mp.scale_gradients)([1.0], 2.0)[0] == 2.0
 
 
-@pytest.mark.parametrize("scale", [jnp.ones(2), True, "2", None])
+@pytest.mark.parametrize("scale", [jnp.ones(2), True, "2", None, np.complex64(1j), 1j])
 def test_scale_gradients_wants_one_number(scale):
-    with pytest.raises((ValueError, TypeError)) as error:
+    with pytest.raises(TypeError, match="one real number") as error:
         mp.scale_gradients([1.0], scale)
     assert "mp.scale_gradients(grads, 0.5)" in str(error.value)
 
@@ -347,13 +365,13 @@ class TestConversionFromJmp:
     @pytest.mark.parametrize("scale", [2.0**15, jnp.asarray(2.0**15), jnp.float32(2.0**15), jmp.half_dtype()(2**15)])
     def test_dynamic(self, scale):
         theirs = jmp.DynamicLossScale(scale, np.int32(7), period=50, factor=4, min_loss_scale=np.float32(0.25))
-        ours = mp._dynamic_loss_scale.as_loss_scale(theirs)
+        ours = mp._convert.as_loss_scale(theirs)
         assert isinstance(ours, mp.DynamicLossScale)
         assert (float(ours.loss_scale), int(ours.counter)) == (2.0**15, 7)
-        assert (ours.period, ours.factor, ours.min_loss_scale, ours.backoff_factor) == (50, 4.0, 0.25, 0.25)
+        assert (ours.period, ours.factor, ours.min_loss_scale, ours.backoff_factor) == (50, 4.0, 0.25, None)
 
     def test_static_and_noop(self):
-        convert = mp._dynamic_loss_scale.as_loss_scale
+        convert = mp._convert.as_loss_scale
         assert convert(jmp.StaticLossScale(jnp.float32(64.0))).loss_scale == 64.0
         assert isinstance(convert(jmp.NoOpLossScale()), mp.NoOpLossScale)
         own = mp.DynamicLossScale()
@@ -370,7 +388,7 @@ class TestConversionFromJmp:
     @settings(max_examples=20)
     def test_same_history_as_jmp(self, history, period):
         theirs = jmp.DynamicLossScale(jnp.float32(2.0**4), period=period)
-        ours = mp._dynamic_loss_scale.as_loss_scale(theirs)
+        ours = mp._convert.as_loss_scale(theirs)
         for finite in history:
             with jax.numpy_dtype_promotion("standard"):  # jmp multiplies an int by a bool
                 theirs = theirs.adjust(jnp.array(finite))
@@ -378,7 +396,7 @@ class TestConversionFromJmp:
             assert float(ours.loss_scale) == float(theirs.loss_scale)
             assert int(ours.counter) == int(theirs.counter)
 
-    @pytest.mark.parametrize("other", [1024.0, None, "dynamic", jnp.float32(2.0)])
+    @pytest.mark.parametrize("other", [1024.0, None, "dynamic", jnp.float32(2.0), mp.LossScale()])
     def test_anything_else_is_an_error(self, other):
         with pytest.raises(TypeError, match="a loss scale") as error:
             mp.value_and_grad(lambda w: w, other)
@@ -391,7 +409,7 @@ BAD = [
         ({"loss_scale": x}, ValueError, "positive, finite power of two")
         for x in (0, -2.0, math.nan, math.inf, -math.inf)
     ],
-    ({"loss_scale": 1000.0}, ValueError, r"mp.DynamicLossScale(loss_scale=2.0**9)"),
+    ({"loss_scale": 1000.0}, ValueError, "mp.DynamicLossScale(loss_scale=2.0**10)"),
     ({"loss_scale": 2.0**-130, "min_loss_scale": 2.0**-126}, ValueError, "2.0**-126"),
     ({"loss_scale": jnp.ones(3)}, ValueError, "jax.vmap(mp.DynamicLossScale)(loss_scales)"),
     ({"loss_scale": 0.5}, ValueError, "outside [1.0"),
@@ -411,6 +429,17 @@ BAD = [
     ({"backoff_factor": 0.0}, ValueError, "backoff_factor is 0.0"),
     ({"hysteresis": 0}, ValueError, "hysteresis is 0"),
     ({"hysteresis_refill": "always"}, ValueError, "hysteresis_refill is 'always'"),
+    *[({"loss_scale": x}, TypeError, f"loss_scale is {x!r}") for x in (None, 1j, "65536", True)],
+    ({"loss_scale": 2**2000}, ValueError, "loss_scale is inf"),
+    ({"factor": None}, TypeError, "factor is None"),
+    ({"factor": 1.5}, ValueError, "factor=2.0**1)"),
+    ({"period": 2**40}, ValueError, "from 1 to 2**31 - 1"),
+    ({"counter": 0.5}, TypeError, "counter is 0.5"),
+    ({"counter": -5}, ValueError, "counter is -5"),
+    ({"counter": jnp.zeros(3, jnp.int32)}, TypeError, "int32 of shape ()"),
+    ({"hysteresis_left": 1.0}, TypeError, "hysteresis_left is 1.0"),
+    # flax's order (growth_factor, backoff_factor, growth_interval) is not jmp's and ours.
+    ({"loss_scale": 2.0, "counter": 0.5, "period": 2000}, TypeError, "counter is 0.5"),
 ]
 
 
@@ -422,6 +451,23 @@ def test_bad_configurations(options, error, words):
         assert word in str(caught.value)
 
 
+def test_inside_jit_the_shape_is_still_checked():
+    with pytest.raises(ValueError, match="loss_scale has shape"):
+        jax.jit(mp.DynamicLossScale)(jnp.ones(3))
+
+
+def test_a_traced_scale_is_repaired_within_the_bounds():
+    make = jax.jit(lambda s: mp.DynamicLossScale(s, max_loss_scale=2.0**8).adjust(True).loss_scale)
+    assert [float(make(s)) for s in (-3.0, 2.0**10, 5.0)] == [2.0**8, 2.0**8, 4.0]
+
+
+def test_two_initial_scales_are_one_type():
+    first, second = mp.DynamicLossScale(2.0**10), mp.DynamicLossScale(2.0**12)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    reset = jax.jit(lambda flag, s: jax.lax.cond(flag, lambda s: mp.DynamicLossScale(2.0**10), lambda s: s, s))
+    assert float(reset(True, second).loss_scale) == 2.0**10
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 1000.0])
 def test_bad_static_scales(value):
     with pytest.raises(ValueError, match=r"mp\.StaticLossScale") as caught:
@@ -429,8 +475,8 @@ def test_bad_static_scales(value):
     assert "loss_scale is" in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", [jnp.array([True]), jnp.array(1), 0.0])
+@pytest.mark.parametrize("flag", [jnp.array([True]), jnp.array(1), 0.0, {"w": True}, None, "yes"])
 @pytest.mark.parametrize("name", LOSS_SCALES)
 def test_adjust_wants_one_boolean(flag, name):
-    with pytest.raises(TypeError, match="grads_finite has shape"):
+    with pytest.raises(TypeError, match=r"grads_finite (has shape|is a)"):
         LOSS_SCALES[name].adjust(flag)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import mpjax as mp
 
 PARAMS = {"w": jnp.array([1.0, -2.0, -0.0, 0.0]), "b": jnp.ones((2, 2))}
+COMPLEX = {"z": jnp.array([1 - 0.0j, -0.0 + 0.0j, -0.0 - 0.0j], jnp.complex64)}
 BAD_VALUES = [jnp.inf, -jnp.inf, jnp.nan]
 
 
@@ -71,6 +72,15 @@ def test_a_skipped_step_changes_no_bit(wrap, dtype, value):
     assert bits(after.inner_state) == bits(before.inner_state)
     assert (int(after.skips_in_a_row), int(after.skips_total), bool(after.last_step_finite)) == (1, 1, False)
     assert (int(before.skips_in_a_row), int(before.skips_total), bool(before.last_step_finite)) == (0, 0, True)
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=str)
+def test_a_skipped_step_changes_no_bit_of_a_complex_parameter(value):
+    tx = mp.loss_scaled(optax.sgd(0.1), mp.StaticLossScale(8.0))
+    grads = {"z": jnp.array([1j, 1.0, value], jnp.complex64)}
+    updates, state = tx.update(grads, tx.init(COMPLEX), COMPLEX)
+    assert int(state.skip_state.skips_total) == 1
+    assert bits(optax.apply_updates(COMPLEX, updates)) == bits(COMPLEX)
 
 
 def test_counts_of_skips():
@@ -189,6 +199,12 @@ class TestCheckUpdates:
         assert not bool(mp.all_finite(updates))
         assert int(state.skips_total) == 0
 
+    def test_gradients_are_checked_even_where_the_updates_are_finite(self):
+        zeros = optax.stateless(lambda u, p: jax.tree.map(jnp.zeros_like, u))
+        tx = mp.skip_on_overflow(zeros, check_updates=True)
+        _, state = tx.update(grads_like(PARAMS, jnp.nan), tx.init(PARAMS), PARAMS)
+        assert int(state.skips_total) == 1
+
     @pytest.mark.parametrize("wrap", ["skip", "scaled"])
     def test_on(self, wrap):
         if wrap == "skip":
@@ -252,6 +268,97 @@ class TestHalfPrecisionParameters:
         updates, state = tx.update({"w": jnp.full(4, 300.0, jnp.float16)}, tx.init(params), params)
         assert updates["w"].tolist() == [-0.5] * 4
         assert int(state.skip_state.skips_total) == 0
+
+
+class TestParametersWithoutAGradient:
+    """The canonical loop with integers, booleans, functions and None among the parameters."""
+
+    pytestmark = pytest.mark.standard_promotion
+
+    @pytest.mark.parametrize("inner", [optax.adamw(0.1), optax.sgd(0.1, momentum=0.9)], ids=["adamw", "sgd"])
+    @pytest.mark.parametrize("bad", [False, True])
+    def test_they_stay(self, inner, bad):
+        params = {"w": jnp.ones(2), "n": jnp.array(3), "flag": jnp.array(True), "none": None}
+        tx = mp.loss_scaled(inner, mp.DynamicLossScale())
+        loss_fn = lambda p: jnp.sum(p["w"]) * p["n"] * (jnp.nan if bad else 1.0)
+
+        @jax.jit
+        def step(params, state):
+            _, grads = mp.value_and_grad(loss_fn, mp.get_loss_scale(state))(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        new, state = step(params, tx.init(params))
+        assert new["n"] == 3
+        assert new["n"].dtype == jnp.int32
+        assert bool(new["flag"])
+        assert new["none"] is None
+        assert np.array_equal(new["w"], params["w"]) == bad
+        assert int(state.skip_state.skips_total) == bad
+
+    def test_functions_and_keys(self):
+        """No addition can update them: they come back as what value_and_grad made of them."""
+        params = {"w": jnp.ones(2), "f": jnp.tanh, "key": jax.random.key(0)}
+        tx = mp.loss_scaled(optax.adamw(0.1), mp.NoOpLossScale())
+        _, grads = mp.value_and_grad(lambda p: p["f"](p["w"]).sum(), mp.NoOpLossScale())(params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert updates["f"] is None
+        assert updates["key"].dtype == jax.dtypes.float0
+        assert updates["w"].shape == (2,)
+
+
+def test_fp8_gradients_that_are_finite_are_not_skipped():
+    params = {"w": jnp.ones(2, jnp.float8_e4m3fn)}
+    tx = mp.skip_on_overflow(optax.identity())
+    state = tx.init(params)
+    for value, skips in ((100.0, 0), (jnp.nan, 1)):
+        _, state = tx.update({"w": jnp.full(2, value, jnp.float8_e4m3fn)}, state, params)
+        assert int(state.skips_total) == skips
+
+
+def test_what_the_inner_transform_sees():
+    """Gradients and parameters in float32, extra arguments dropped for a transform that takes none."""
+    seen = {}
+
+    def update(updates, state, params=None):
+        seen.update(updates=updates["w"].dtype.name, params=params["w"].dtype.name)
+        return updates, state
+
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    tx = mp.loss_scaled(optax.GradientTransformation(optax.init_empty_state, update), mp.NoOpLossScale())
+    tx.update({"w": jnp.ones(2, jnp.float16)}, tx.init(params), params, value=1.0)
+    assert seen == {"updates": "float32", "params": "float32"}
+
+
+def test_a_weak_or_drifting_state_is_fixed_at_init(count_traces):
+    """A state that starts as a Python number, and one that an update widens: one trace, one dtype."""
+
+    def update(updates, state, params=None):
+        weak, half = state
+        return updates, (weak * jnp.float32(0.5), half.astype(jnp.float32) + updates["w"].sum())
+
+    inner = optax.GradientTransformation(lambda params: (1.0, jnp.zeros((), jnp.float16)), update)
+    tx = mp.skip_on_overflow(inner)
+    step = count_traces(lambda g, s: tx.update(g, s)[1])
+    jitted, state = jax.jit(step), tx.init({"w": jnp.ones(2)})
+    for _ in range(3):
+        state = jitted({"w": jnp.ones(2)}, state)
+    assert step.traces == 1
+    weak, half = state.inner_state
+    assert (float(weak), weak.dtype, float(half), half.dtype) == (0.125, jnp.float32, 6.0, jnp.float16)
+
+
+def test_python_numbers_as_gradients():
+    for tx in (mp.loss_scaled(optax.sgd(1.0), mp.NoOpLossScale()), mp.skip_on_overflow(optax.sgd(1.0))):
+        updates, _ = tx.update([3.0, 4.0], tx.init([0.0, 0.0]))
+        assert [float(u) for u in updates] == [-3.0, -4.0]
+
+
+def test_a_state_restored_with_python_numbers():
+    tx = mp.skip_on_overflow(optax.scale_by_schedule(lambda count: 1.0))
+    state = jax.tree.map(lambda x: x.item(), tx.init({"w": jnp.ones(1)}))
+    _, state = tx.update({"w": jnp.ones(1)}, state)
+    assert int(state.inner_state.count) == 1
 
 
 @pytest.mark.standard_promotion
@@ -334,6 +441,27 @@ class TestBadInput:
             jax.jit(tx.update)({"w": PARAMS["w"], "c": PARAMS["b"]}, tx.init(PARAMS), PARAMS)
         assert "only in grads: c" in str(error.value)
         assert "only in params: b" in str(error.value)
+
+    @pytest.mark.parametrize("shape", [(1, 4), (), (5,)])
+    def test_gradients_of_another_shape(self, shape):
+        """Adam broadcasts (1, 4) against (4,) without a word."""
+        tx = mp.loss_scaled(optax.sgd(0.1), mp.NoOpLossScale())
+        with pytest.raises(ValueError, match="grads and params differ in shape") as error:
+            tx.update({**PARAMS, "w": jnp.ones(shape)}, tx.init(PARAMS), PARAMS)
+        assert f"w: {shape} against (4,)" in str(error.value)
+
+    def test_another_transforms_state(self):
+        for tx in (mp.loss_scaled(optax.sgd(0.1), mp.NoOpLossScale()), mp.skip_on_overflow(optax.sgd(0.1))):
+            with pytest.raises(TypeError, match="the optimizer state is a tuple") as error:
+                tx.update(PARAMS, optax.sgd(0.1).init(PARAMS), PARAMS)
+            assert "tx.init(params)" in str(error.value)
+
+    def test_a_loss_scale_inside_could_never_back_off(self):
+        scaled = optax.chain(mp.loss_scaled(optax.sgd(0.1), mp.DynamicLossScale()))
+        for tx in (mp.skip_on_overflow(scaled), mp.loss_scaled(scaled, mp.NoOpLossScale())):
+            with pytest.raises(ValueError, match="holds a loss scale") as error:
+                tx.init(PARAMS)
+            assert "outermost" in str(error.value)
 
     @pytest.mark.parametrize("inner", [None, 0.1, optax.adam])
     def test_inner_is_no_transform(self, inner):

@@ -39,6 +39,34 @@ def test_clip_by_global_norm(dtype, value, expected):
     assert out["w"].tolist() == [expected] * 4
 
 
+def test_fp8_leaves_count_in_float32():
+    tree = {"w": jnp.full(2, 100.0, jnp.float8_e4m3fn)}
+    norm = mp.transforms.global_norm(tree)
+    assert norm.dtype == jnp.float32
+    assert float(norm) == pytest.approx(float(tree["w"][0]) * np.sqrt(2), rel=1e-6)
+
+
+def test_clip_leaves_other_leaves_alone():
+    clip = mp.transforms.clip_by_global_norm(1.0)
+    tree = {"w": jnp.array([3.0, 4.0]), "n": jnp.array(7), "z": np.zeros(2, jax.dtypes.float0), "f": 0.0}
+    out, _ = clip.update(tree, clip.init(tree))
+    np.testing.assert_allclose(out["w"], [0.6, 0.8], rtol=1e-6)
+    assert out["n"] is tree["n"]
+    assert out["z"] is tree["z"]
+
+
+def test_clip_is_optaxs_on_float32():
+    tree = {"w": jnp.linspace(-3.0, 3.0, 7)}
+    ours, theirs = mp.transforms.clip_by_global_norm(0.7), optax.clip_by_global_norm(0.7)
+    np.testing.assert_array_equal(ours.update(tree, None)[0]["w"], theirs.update(tree, None)[0]["w"])
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_clip_wants_a_positive_norm(max_norm):
+    with pytest.raises(ValueError, match="a number above 0"):
+        mp.transforms.clip_by_global_norm(max_norm)
+
+
 def test_clip_composes_in_a_chain():
     tx = optax.chain(mp.transforms.clip_by_global_norm(1.0), optax.scale(2.0))
     updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init({"w": jnp.zeros(2)}))

@@ -1,5 +1,6 @@
 import dataclasses
 import pickle
+import re
 import subprocess
 import sys
 
@@ -19,22 +20,20 @@ from mpjax import _dtypes
 from mpjax._policy_grammar import PRESETS
 
 DTYPES = list(_dtypes._SPELLINGS)
-SPELLINGS = [
-    (name, s) for name in DTYPES for s in (name, *_dtypes._SPELLINGS[name], jnp.dtype(name), getattr(jnp, name))
-]
+WIDE = [name for name in DTYPES if not name.startswith("float8")]
+SPELLINGS = [(name, s) for name in WIDE for s in (name, *_dtypes._SPELLINGS[name], jnp.dtype(name), getattr(jnp, name))]
 
 
 @st.composite
 def policies(draw):
-    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=4, max_size=4))
+    dtypes = draw(st.lists(st.sampled_from(WIDE), min_size=4, max_size=4))
+    dtypes[1] = draw(st.sampled_from(DTYPES))
     patterns = st.text("abc.*/|()norm,={}\"'\\d", max_size=8).filter(_is_regex)
-    plain = st.sampled_from([*DTYPES, "mixed_bfloat16", "c=f16"])
+    plain = st.sampled_from([*WIDE, "mixed_bfloat16", "c=f16"])
     return mp.Policy(*dtypes).with_overrides(draw(st.dictionaries(patterns, plain, max_size=3)))
 
 
 def _is_regex(text):
-    import re
-
     try:
         re.compile(text)
     except re.error:
@@ -88,7 +87,7 @@ def test_two_spellings_share_one_jit_cache_entry(count_traces):
         ("mixed_bfloat16", ("float32", "bfloat16", "float32")),
         ("Mixed_Float16", ("float32", "float16", "float32")),
         ("mixed_float8", ("float32", "float8_e4m3fn", "float32")),
-        ("c=e5m2", ("float32", "float8_e5m2", "float8_e5m2")),
+        ("c=e5m2,o=f32", ("float32", "float8_e5m2", "float32")),
     ],
 )
 def test_grammar(text, expected):
@@ -101,6 +100,13 @@ def test_grammar(text, expected):
 def test_grammar_agrees_with_jmp(text):
     theirs = jmp.get_policy(text)
     assert mp.get_policy(text) == mp.get_policy(theirs)
+
+
+def test_overrides_in_a_string_are_as_forgiving_as_the_rest():
+    expected = mp.get_policy("mixed_bfloat16").with_overrides({"a": "float32"})
+    for text in ('mixed_bfloat16, overrides = {"a": "F32"}', 'p=f32,c=bf16,o=f32,Overrides={"a":"full"}'):
+        assert mp.get_policy(text) == expected
+    assert mp.get_policy('overrides={"a": "f16"}') == mp.get_policy("f32").with_overrides({"a": "f16"})
 
 
 def test_half_is_this_machines():
@@ -128,8 +134,9 @@ def test_a_policy_is_frozen_and_pickles():
     assert pickle.loads(pickle.dumps(policy)) == policy
 
 
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("kind", ["param", "compute", "output"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("param", "compute", "output") for name in WIDE] + [("compute", "e4m3")]
+)
 def test_casts_touch_floats_only(name, kind, x64):
     policy = mp.Policy(*["float32"] * 3)
     policy = dataclasses.replace(policy, **{f"{kind}_dtype": name})
@@ -146,7 +153,7 @@ def test_casts_touch_floats_only(name, kind, x64):
     ]
     cast, kept = getattr(policy, f"cast_to_{kind}")((floats, others))
     # An 8-bit compute dtype is for the operands of matmuls, each with a scale; a tree is cast to bfloat16.
-    expected = "bfloat16" if kind == "compute" and name.startswith("float8") else name
+    expected = "bfloat16" if name == "e4m3" else name
     assert {str(x.dtype) for x in cast.values()} == {expected}
     assert all(a is b for a, b in zip(kept, others, strict=True))
 
@@ -260,9 +267,13 @@ class TestOverrides:
         assert "LayerNorm/scale" in str(record[0].message)
         assert record[0].filename == __file__
 
-    def test_bare_arrays_have_no_names_to_report(self):
+    def test_a_rule_that_matches_nothing_in_a_tuple_is_reported(self):
+        policy = self.policy.with_overrides({"7": "float32"})
+        with pytest.warns(UserWarning, match="match no path: '7'"):
+            policy.cast_to_compute((jnp.ones(1), jnp.ones(1)))
+
+    def test_bare_arrays_have_no_path_to_report(self):
         assert self.policy.cast_to_compute(jnp.ones(1)).dtype == jnp.bfloat16
-        assert self.policy.cast_to_compute((jnp.ones(1), [jnp.ones(1)]))[0].dtype == jnp.bfloat16
         assert self.policy.cast_to_compute({"step": jnp.array(1)})["step"] == 1
 
     def test_order_does_not_matter(self):
@@ -278,6 +289,28 @@ class TestOverrides:
             self.policy.with_overrides({"norm": self.policy})
         with pytest.raises(TypeError, match="'int32' is not a floating dtype"):
             self.policy.with_overrides({"norm": jnp.int32})
+        with pytest.raises(ValueError, match="unknown override None"):
+            self.policy.with_overrides({"norm": None})
+        for pattern in (5, re.compile("norm")):
+            with pytest.raises(TypeError, match="a regular expression as a string"):
+                self.policy.with_overrides({pattern: "float32"})
+        with pytest.raises(TypeError, match="a mapping from patterns"):
+            self.policy.with_overrides([("norm", "float32")])
+
+    def test_the_constructor_takes_what_with_overrides_takes(self):
+        for overrides in ({r".*(norm|bn).*": "float32"}, ((r".*(norm|bn).*", "float32"),)):
+            assert mp.Policy("f32", "bf16", "f32", overrides=overrides) == self.policy
+
+    def test_a_parameter_called_value(self):
+        @jax.tree_util.register_dataclass
+        @dataclasses.dataclass
+        class Attention:
+            query: jax.Array
+            value: jax.Array
+
+        policy = self.policy.with_overrides({r".*/value": "float32"})
+        cast = policy.cast_to_compute({"attn": Attention(jnp.ones(1), jnp.ones(1))})["attn"]
+        assert (str(cast.query.dtype), str(cast.value.dtype)) == ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize(
@@ -299,13 +332,23 @@ class TestOverrides:
         ("head/bias", True),
         ("classifier/kernel", True),
         ("logits/kernel", True),
+        ("visual/ln_pre/scale", True),
+        ("block/bn_conv1/gamma", True),
+        ("layer_normalization_3/gamma", True),
+        ("norm_out/scale", True),
+        ("moe/router_weights", True),
+        ("to_logits/kernel", True),
+        ("classification_head/kernel", True),
         ("params/Dense_0/kernel", False),
+        ("normal_head/kernel", False),
+        ("denormalize/kernel", False),
+        ("normalizer_mlp/kernel", False),
+        ("multi_head/kernel", False),
         ("attention/multi_head/kernel", False),
         ("attention/heads/kernel", False),
         ("mlp/gate/kernel", False),
         ("embed/embedding", False),
         ("subnet/kernel", False),
-        ("ln_proj_in/kernel", False),
         ("conv_init/kernel", False),
     ],
 )
@@ -331,7 +374,12 @@ def test_default_overrides(path, kept):
         (lambda: mp.get_policy("int32"), TypeError, ["'int32' is not a floating dtype"]),
         (lambda: mp.Policy(jnp.int8, jnp.float32, jnp.float32), TypeError, ["param_dtype 'int8'"]),
         (lambda: mp.Policy("f32", jnp.complex64, "f32"), TypeError, ["compute_dtype 'complex64'"]),
-        (lambda: mp.Policy("f32", "f32", bool), TypeError, ["output_dtype 'bool'"]),
+        (lambda: mp.Policy("f32", "f32", jnp.bool_), TypeError, ["output_dtype 'bool'"]),
+        (lambda: mp.Policy(None, None, None), ValueError, ["unknown param_dtype None"]),
+        (lambda: mp.Policy("e4m3", "e4m3", "f32"), ValueError, ["param_dtype is float8_e4m3fn", "mixed_float8"]),
+        (lambda: mp.get_policy("float8_e4m3fn"), ValueError, ["param_dtype is float8_e4m3fn", "mixed_float8"]),
+        (lambda: mp.get_policy("c=e5m2"), ValueError, ["output_dtype is float8_e5m2"]),
+        (lambda: mp.get_policy("c=f16,r=e5m2"), ValueError, ["reduce_dtype is float8_e5m2"]),
     ],
 )
 def test_bad_policies(make, error, words):

@@ -151,6 +151,8 @@ def test_different_structures_name_the_paths():
         mp.select_tree(jnp.array(True), {"a": 1.0, "b": {"c": 1.0}}, {"a": 1.0, "b": {"d": 1.0}})
     assert "only in on_true: b/c" in str(error.value)
     assert "only in on_false: b/d" in str(error.value)
+    with pytest.raises(TypeError, match="w: str against str, not arrays"):
+        mp.select_tree(jnp.array(True), {"w": "x"}, {"w": "y"})
     with pytest.raises(ValueError, match="PyTreeDef"):
         mp.select_tree(jnp.array(True), [1.0], (1.0,))
 

@@ -56,6 +56,7 @@ def remat(state):
 
 
 def donation(state):
+    # A copy, since the table's own state is needed again; test_a_fresh_state_can_be_donated has the real thing.
     return jax.jit(lambda s: s, donate_argnums=0)(jax.tree.map(jnp.copy, state))
 
 
@@ -170,6 +171,18 @@ def test_one_trace_over_growth_overflow_and_a_restore(loss_scale, tmp_path, coun
     assert int(opt_state.skip_state.skips_total) == 3
 
 
+@pytest.mark.parametrize("name", LOSS_SCALES)
+def test_a_fresh_state_can_be_donated(name):
+    """No buffer is in it twice, and none is shared with the next init or another transform."""
+    tx = mp.loss_scaled(optax.sgd(0.1, momentum=0.9), LOSS_SCALES[name])
+    params, grads = {"w": jnp.ones(2)}, {"w": jnp.ones(2)}
+    step = jax.jit(lambda s: tx.update(grads, s, params)[1], donate_argnums=0)
+    first = step(step(tx.init(params)))
+    again = step(step(tx.init(params)))
+    assert bits(first) == bits(again)
+    assert mp.loss_scaled(optax.sgd(0.1), LOSS_SCALES[name]).init(params).skip_state.skips_total == 0
+
+
 def test_the_state_is_the_same_type_in_and_out():
     """A step can be scanned: the carry's type does not change, growth and overflow included."""
     tx = mp.loss_scaled(optax.sgd(0.1), mp.DynamicLossScale(period=2))
@@ -220,6 +233,21 @@ def test_a_tree_with_other_leaves_can_be_rebuilt():
         assert rebuilt.period == state.period
 
 
+@pytest.mark.parametrize("make", ["NoOpLossScale()", "StaticLossScale(8.0)", "DynamicLossScale(8.0)"])
+@pytest.mark.parametrize("flax_first", [True, False])
+def test_flax_serialization_in_a_fresh_process(make, flax_first):
+    imports = ["import flax.serialization as fs", "import mpjax as mp, optax, jax.numpy as jnp"]
+    code = [
+        *(imports if flax_first else imports[::-1]),
+        f"tx = mp.loss_scaled(optax.sgd(0.1), mp.{make})",
+        "state = tx.init(jnp.ones(2))",
+        "back = fs.from_bytes(state, fs.to_bytes(state))",
+        "print(float(mp.get_loss_scale(back).loss_scale))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == (1.0 if "NoOp" in make else 8.0)
+
+
 def test_flax_loaded_after_the_state_was_made():
     code = (
         "import mpjax as mp, jax, sys\n"
@@ -232,6 +260,13 @@ def test_flax_loaded_after_the_state_was_made():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["512.0", "0.5"]
+
+
+def test_flax_restores_in_the_states_own_dtypes(x64):
+    state = LOSS_SCALES["dynamic"]
+    saved = {name: np.asarray(value, np.float64) for name, value in flax.serialization.to_state_dict(state).items()}
+    back = flax.serialization.from_state_dict(state, saved)
+    assert [x.dtype.name for x in jax.tree.leaves(back)] == ["float32", "int32", "int32", "int32"]
 
 
 def test_a_flax_state_dict_without_a_field_is_an_error():
