@@ -3,9 +3,9 @@
     make bench          or          python benchmarks/step_cost.py [--sides 2048 4096] [--write]
 
 One AdamW step on eight square float32 matrices (128 MB in all at 2048 rows, 512 MB at 4096), gradients given,
-parameters and state donated; with clipping by the global norm and without. Each row is the same step made safe against overflow in
-another way; the columns are relative to the plain step, which is not safe at all. --write puts the tables into
-RESULTS.md.
+parameters and state donated; with clipping by the global norm and without. Each row is the same step made safe
+against overflow in another way; the columns are relative to the plain step, which is not safe at all. --write puts
+the tables into RESULTS.md.
 """
 
 import argparse
