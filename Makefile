@@ -28,6 +28,7 @@ format: .venv/dev
 
 bench: .venv-bench/dev
 	.venv-bench/bin/python benchmarks/step_cost.py --write
+	.venv-bench/bin/python benchmarks/autocast_cost.py --write
 
 clean:
 	rm -rf .venv .venv-newest .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis out

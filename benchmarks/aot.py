@@ -6,6 +6,7 @@ Needs `pip install "mpjax[aot-tpu]"` (libtpu). The figures do not vary from run 
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # Read by libtpu as it loads: a topology without a machine behind it, and no search for one.
@@ -21,6 +22,15 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
+
+def write_section(name: str, text: str) -> None:
+    """Replaces the generated section of RESULTS.md that stands between the comments of this name."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = RESULTS.read_text().split(start)
+    RESULTS.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
 
 class Cost(NamedTuple):
     """What the compiler says of one executable."""
@@ -29,6 +39,7 @@ class Cost(NamedTuple):
     hbm_bytes: int
     estimated_cycles: int
     temp_bytes: int
+    peak_bytes: int
     hlo: str
 
     @property
@@ -90,5 +101,6 @@ def compile_for_v5e(fn: Callable[..., Any], *avals: Any, donate: tuple[int, ...]
         hbm_bytes(hlo),
         sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', hlo))),
         compiled.memory_analysis().temp_size_in_bytes,
+        compiled.memory_analysis().peak_memory_in_bytes,
         hlo,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from aot import Cost, compile_for_v5e  # isort: skip  # before jax: it sets what libtpu reads
+from aot import Cost, compile_for_v5e, write_section  # isort: skip  # before jax: it sets what libtpu reads
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,6 @@ import jmp
 import optax
 
 import mpjax as mp
-
-RESULTS = Path(__file__).parent / "RESULTS.md"
-OPEN, CLOSE = "<!-- step_cost -->", "<!-- /step_cost -->"
 
 
 def optimizer(clip: bool) -> optax.GradientTransformation:
@@ -139,8 +136,7 @@ def main() -> None:
     text = "\n\n".join(parts)
     print(text)
     if arguments.write:
-        before, rest = RESULTS.read_text().split(OPEN)
-        RESULTS.write_text(f"{before}{OPEN}\n\n{text}\n\n{CLOSE}{rest.split(CLOSE)[1]}")
+        write_section("step_cost", text)
 
 
 if __name__ == "__main__":

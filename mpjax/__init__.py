@@ -6,6 +6,9 @@ The names here are the public API; modules that start with an underscore are not
 import importlib.metadata
 
 from mpjax import transforms as transforms
+from mpjax._autocast import Rules as Rules
+from mpjax._autocast import autocast as autocast
+from mpjax._autocast import default_rules as default_rules
 from mpjax._convert import scale_gradients as scale_gradients
 from mpjax._dynamic_loss_scale import DynamicLossScale as DynamicLossScale
 from mpjax._grad import grad as grad

@@ -2,6 +2,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -34,6 +35,25 @@ def test_the_loop_runs_in_every_precision(policy, monkeypatch):
     exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0], names)
     assert jnp.isfinite(names["loss"])
     assert isinstance(mp.get_loss_scale(names["opt_state"]), mp.DynamicLossScale) == (policy == "mixed_float16")
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_loop_runs_with_autocast_instead_of_the_casts(policy):
+    text = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    body = re.search(r"    params, x = .*?\n    logits = .*?\n", text).group()
+    plain = text.replace(
+        body,
+        '    x = batch["x"]\n    logits = jax.nn.relu(x @ params["w1"]) @ params["w2"]\n',
+    )
+    plain = plain.replace("mp.default_policy()", f"mp.get_policy({policy!r})")
+    assert "cast_to" not in plain
+    assert "`loss_fn = mp.autocast(loss_fn, policy)`" in README
+    names = {}
+    exec(plain.replace("\n\n@jax.jit", "\n\nloss_fn = mp.autocast(loss_fn, policy)\n\n@jax.jit"), names)
+    jaxpr = str(jax.make_jaxpr(names["loss_fn"])(names["params"], names["batch"]))
+    assert {"mixed_bfloat16": "bf16", "mixed_float16": "f16"}[policy] in jaxpr
+    assert jnp.isfinite(names["loss"])
 
 
 def test_every_name_in_the_readme_exists():

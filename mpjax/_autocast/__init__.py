@@ -1,0 +1,5 @@
+"""Autocast: evaluates any function again in mixed precision, under a table of rules."""
+
+from mpjax._autocast._autocast import autocast as autocast
+from mpjax._autocast._rules import Rules as Rules
+from mpjax._autocast._rules import default_rules as default_rules
