@@ -85,12 +85,19 @@ def custom_functions(eqn: Any) -> tuple[Callable[..., Any], ...]:
     return tuple(f.call_wrapped for f in eqn.primitive.get_bind_params(eqn.params)["subfuns"])
 
 
-def abstract(x: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """The shape and type of a value, to trace with: what it varies over under shard_map included."""
+def abstract(x: Any, row: bool = False) -> jax.ShapeDtypeStruct:
+    """The shape and type of a value, or of one row of it, to trace with."""
     aval = jax.typeof(x)
+    start = 1 if row else 0
+    manual = aval.manual_axis_type
+    if manual.empty:
+        return jax.ShapeDtypeStruct(aval.shape[start:], aval.dtype, weak_type=aval.weak_type)
+    # Under shard_map, what a value varies over goes with the mesh that it is on.
+    spec = jax.sharding.PartitionSpec(*aval.sharding.spec[start:])
     return jax.ShapeDtypeStruct(
-        aval.shape,
-        dtype or aval.dtype,
+        aval.shape[start:],
+        aval.dtype,
         weak_type=aval.weak_type,
-        manual_axis_type=getattr(aval, "manual_axis_type", None),
+        sharding=jax.sharding.NamedSharding(aval.sharding.mesh, spec),
+        manual_axis_type=manual,
     )

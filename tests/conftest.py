@@ -10,6 +10,9 @@ import hypothesis
 import jax
 import pytest
 
+# Two programs with collectives in flight at once can wait for each other's threads for ever on a small machine.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 hypothesis.settings.register_profile("mpjax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("mpjax")
 

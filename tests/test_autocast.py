@@ -98,7 +98,32 @@ def sharded(x, w):
     return jax.shard_map(body, mesh=mesh, in_specs=(P("d"), P()), out_specs=P())(x, w)
 
 
-CASES = [mlp, softmax, layer_norm, residual_scan, remat_scan, fori, branches, nested_jit, remat, custom_jvp, sharded]
+def sharded_scan(x, w):
+    """Values that vary over the mesh go through a scan and a remat inside shard_map."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(x, w):
+        start = jax.lax.pcast(jnp.zeros((1, 4)), "d", to="varying")
+        c, _ = jax.lax.scan(lambda c, row: (c + jnp.tanh(row[None] @ w), None), start, x)
+        return jax.lax.pmean(jax.checkpoint(jnp.tanh)(c) @ w, "d")
+
+    return jax.shard_map(body, mesh=mesh, in_specs=(P("d"), P()), out_specs=P())(x, w)
+
+
+CASES = [
+    mlp,
+    softmax,
+    layer_norm,
+    residual_scan,
+    remat_scan,
+    fori,
+    branches,
+    nested_jit,
+    remat,
+    custom_jvp,
+    sharded,
+    sharded_scan,
+]
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

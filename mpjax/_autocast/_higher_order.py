@@ -24,7 +24,7 @@ def rewrite(
       targets: the marks that the results are to have. Default: their own, statistics and normalised activations
         brought to what may cross a boundary.
     """
-    avals = tuple(abstract(v.array) for v in ins)
+    avals = tuple(v.array if isinstance(v.array, jax.ShapeDtypeStruct) else abstract(v.array) for v in ins)
     key = (id(jaxpr), avals, tuple((v.mark, v.const) for v in ins), None if targets is None else tuple(targets))
     if key in ctx.cache:
         return ctx.cache[key][1:]
@@ -76,7 +76,7 @@ def scan(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
     jaxpr = eqn.params["jaxpr"]
     n_consts, n_carry = scan_split(eqn)
     consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    rows = [Value(_row(x.array), x.mark, x.const) for x in xs]
+    rows = [Value(abstract(x.array, row=True), x.mark) for x in xs]
     accumulates = accumulators(open_jaxpr(jaxpr)[0], n_consts, n_carry)
     carry = [_carried(ctx, v, full) for v, full in zip(carry, accumulates, strict=True)]
     while True:
@@ -179,11 +179,6 @@ def _carried(ctx: Context, value: Value, accumulates: bool) -> Value:
     mark = boundary_mark(value.mark)
     # A carry changes from step to step: it is no constant, whatever it starts as.
     return ctx.cast(value, Mark.FULL if accumulates and mark else mark)._replace(const=None)
-
-
-def _row(x: Any) -> Any:
-    aval = abstract(x)
-    return jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype, weak_type=aval.weak_type)
 
 
 def _join_all(marks: Sequence[Mark | None]) -> Mark | None:
