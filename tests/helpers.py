@@ -44,8 +44,3 @@ def run(state, sequence):
         state = step(state, jnp.asarray(symbol == "."))
         history.append(int(np.log2(float(state.loss_scale))))
     return history, state
-
-
-def static_fields(state):
-    """What flattening puts into the tree definition, for comparison."""
-    return jax.tree.structure(state)

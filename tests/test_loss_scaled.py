@@ -389,7 +389,8 @@ def test_no_branch_no_callback_no_transfer():
     assert not opcodes & {"custom-call", "infeed", "outfeed", "send", "recv", "conditional", "while", "call"}
 
 
-def test_no_value_leaves_the_device_in_a_step():
+def test_a_step_takes_nothing_from_the_host():
+    """No Python number is sent to the device from one step to the next (on a CPU, reading back is not guarded)."""
     tx = mp.loss_scaled(optax.sgd(0.1), mp.DynamicLossScale())
     state, grads = tx.init(PARAMS), grads_like(PARAMS, jnp.nan)
     step = jax.jit(tx.update)

@@ -18,7 +18,6 @@ from mpjax._policy import default_policy, get_policy
 
 _HIGHER_ORDER: dict[str, Callable[..., Any]] = {
     "jit": _higher_order.call,
-    "closed_call": _higher_order.call,
     "remat2": _higher_order.remat,
     "cond": _higher_order.cond,
     "scan": _higher_order.scan,
