@@ -9,6 +9,8 @@ from mpjax import transforms as transforms
 from mpjax._autocast import Rules as Rules
 from mpjax._autocast import autocast as autocast
 from mpjax._autocast import default_rules as default_rules
+from mpjax._autocast import full_precision as full_precision
+from mpjax._autocast import keep_precision as keep_precision
 from mpjax._convert import scale_gradients as scale_gradients
 from mpjax._dynamic_loss_scale import DynamicLossScale as DynamicLossScale
 from mpjax._grad import grad as grad

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax._src.config
+import jax.custom_derivatives
 import jax.extend.core
 import jax.extend.source_info_util
+import jax.interpreters.ad
+import jax.numpy as jnp
 import numpy as np
 
 # Messages and profiles then name the user's line, and not the one in here that traced it.
@@ -80,14 +84,66 @@ def source_line(eqn: Any) -> str:
     return str(jax.extend.source_info_util.summarize(eqn.source_info))
 
 
-def custom_functions(eqn: Any) -> tuple[Callable[..., Any], ...]:
-    """The functions behind a custom_jvp_call (primal, jvp) or custom_vjp_call (primal, fwd, bwd), on flat lists."""
-    return tuple(f.call_wrapped for f in eqn.primitive.get_bind_params(eqn.params)["subfuns"])
+def name_scopes(eqn: Any) -> tuple[str, ...]:
+    """The names of `jax.named_scope`s, modules among them, that an equation was traced in."""
+    # Transformations stand among them as entries of another class, which has transpose(jvp(...)) as it prints.
+    return tuple(entry.name for entry in eqn.source_info.name_stack.stack if type(entry).__name__ == "Scope")
 
 
-def abstract(x: Any, row: bool = False) -> jax.ShapeDtypeStruct:
-    """The shape and type of a value, or of one row of it, to trace with."""
+def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
+    """The function of flat lists that evaluates a closed jaxpr, equation by equation."""
+    return jax.extend.core.jaxpr_as_fun(jaxpr)
+
+
+def trace_context() -> Any:
+    """Everything in JAX's configuration that a trace depends on, hashable."""
+    return jax._src.config.trace_context()
+
+
+def is_staged(x: Any) -> bool:
+    """Whether `x` is being traced to a jaxpr, as inside jit; not so the tracers of an eager grad or vmap."""
+    return type(x).__name__ == "DynamicJaxprTracer"
+
+
+def custom_jvp_rule(eqn: Any) -> Callable[..., Any]:
+    """The rule of a custom_jvp_call: flat primals and tangents to flat results and their tangents."""
+    _, rule = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
+    return rule.call_wrapped
+
+
+def custom_vjp_rule(eqn: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and backward function of a custom_vjp_call, on flat lists.
+
+    forward: (primals, whether each is perturbed) -> results and residuals. backward: (residuals, cotangents, some of
+    them a SymbolicZero) -> the primals' cotangents, None for a zero.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params)
+    _, fwd, bwd = params["subfuns"]
+
+    def forward(primals: Sequence[Any], perturbed: Sequence[bool]) -> list[Any]:
+        flat = fwd.call_wrapped(*(x for pair in zip(primals, perturbed, strict=True) for x in pair))
+        # A residual that is an argument is not returned again: its index is listed instead.
+        _, _, forwarded = params["out_trees"]()
+        made = sum(index is None for index in forwarded)
+        residuals = iter(flat[:made])
+        return [*flat[made:], *(next(residuals) if index is None else primals[index] for index in forwarded)]
+
+    def backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        if not params["symbolic_zeros"]:
+            zero = jax.custom_derivatives.SymbolicZero
+            cotangents = [jnp.zeros(ct.shape, ct.dtype) if isinstance(ct, zero) else ct for ct in cotangents]
+        cts = bwd.call_wrapped(*residuals, *cotangents)
+        # JAX 0.12 returns (cotangents, logs), JAX 0.10 the cotangents.
+        cts = cts[0] if isinstance(cts, tuple) else cts
+        return [None if isinstance(ct, jax.interpreters.ad.Zero) else ct for ct in cts]
+
+    return forward, backward
+
+
+def abstract(x: Any, row: bool = False, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """The shape and type of a value, or of one row of it, to trace with; possibly in another dtype."""
     aval = jax.typeof(x)
+    aval = aval if dtype is None else aval.update(dtype=dtype)
     start = 1 if row else 0
     manual = aval.manual_axis_type
     if manual.empty:

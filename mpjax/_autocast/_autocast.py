@@ -1,17 +1,18 @@
 """`mpjax.autocast`: the public entry."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax._autocast import _custom_rules, _higher_order
-from mpjax._autocast._interpreter import Context, evaluate, marked
+from mpjax._autocast._context import Context, marked
+from mpjax._autocast._interpreter import evaluate
 from mpjax._autocast._rules import Rules, default_rules
-from mpjax._compat import open_jaxpr
+from mpjax._compat import as_function, is_staged, open_jaxpr, trace_context
 from mpjax._dtypes import FLOAT32, is_float8
 from mpjax._errors import problem
 from mpjax._policy import default_policy, get_policy
@@ -23,19 +24,33 @@ _HIGHER_ORDER: dict[str, Callable[..., Any]] = {
     "scan": _higher_order.scan,
     "while": _higher_order.while_loop,
     "shard_map": _higher_order.shard_map,
+    "closed_call": _higher_order.inline,
+    "call": _higher_order.inline,
+    "eval_jaxpr": _higher_order.inline,
     "custom_jvp_call": _custom_rules.custom_jvp,
+    "custom_vjp_call": _custom_rules.custom_vjp,
+    "custom_vmap_call": _custom_rules.custom_vmap,
+    "remat_opt": _custom_rules.remat_opt,
 }
 
 
-def autocast(fn: Callable[..., Any], policy: Any = None, rules: Rules | None = None) -> Callable[..., Any]:
+# Stands for an array among the leaves of a tree.
+_ARRAY = object()
+# Signatures of one function whose rewritten programs are kept for eager calls.
+_MOST_KEPT = 64
+
+
+def autocast(
+    fn: Callable[..., Any], policy: Any = None, rules: Rules | None = None, *, cast_outputs: bool = False
+) -> Callable[..., Any]:
     """Evaluates a float32 function in mixed precision: matrix work in the compute dtype, what needs float32 in it.
 
     The function is traced to a jaxpr in its own dtypes and evaluated again under a table of rules: dots and
     convolutions in the compute dtype; exponentials, logarithms, sums, statistics and losses in float32; what is
     between them in the precision of its inputs. It composes both ways with `grad`, `jit`, `vmap`, `scan`,
-    `remat` and `shard_map`. `jit`, `scan`, `while`, `cond`, `checkpoint`, `shard_map` and `custom_jvp` are
-    entered; running sums in loop carries stay float32. Functions with a `custom_vjp`, kernels and callbacks are
-    left as written, with a warning where they hold matrix work.
+    `remat` and `shard_map`. `jit`, `scan`, `while`, `cond`, `checkpoint`, `shard_map`, `custom_jvp` and
+    `custom_vjp` are entered; running sums in loop carries stay float32. Kernels and callbacks are left as written,
+    with a warning where they hold matrix work.
 
     What the user decided stays: float64, complex, integer and fp8 values, values that are in half precision
     already, explicit casts and accumulation dtypes.
@@ -44,9 +59,11 @@ def autocast(fn: Callable[..., Any], policy: Any = None, rules: Rules | None = N
       fn: any function of pytrees, in float32.
       policy: a policy or its name; its compute dtype counts. Default: `mpjax.default_policy()`.
       rules: the table. Default: `mpjax.default_rules()`.
+      cast_outputs: whether floating results are cast to the policy's output dtype.
 
     Returns:
-      A function of the same arguments whose results have the dtypes that `fn`'s have.
+      A function of the same arguments whose results have the dtypes that `fn`'s have. Called outside `jit` it
+      traces `fn` once for each signature, as `jit` does.
 
     Raises:
       NotImplementedError: the policy computes in fp8.
@@ -72,35 +89,83 @@ def autocast(fn: Callable[..., Any], policy: Any = None, rules: Rules | None = N
             )
         )
 
+    kept: dict[Any, Any] = {}
+
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if chosen.compute_dtype == FLOAT32:
-            return fn(*args, **kwargs)
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        moves = [is_array(x) for x in leaves]
-        out_structure: Any = None
-        static: list[Any] = []
-
-        def flat(*arrays: Any) -> Any:
-            nonlocal out_structure
-            moving = iter(arrays)
-            merged = [next(moving) if m else x for x, m in zip(leaves, moves, strict=True)]
-            call_args, call_kwargs = jax.tree.unflatten(structure, merged)
-            outs, out_structure = jax.tree.flatten(fn(*call_args, **call_kwargs))
-            static[:] = [None if is_array(x) else x for x in outs]
-            return [x for x in outs if is_array(x)]
-
-        arrays = [x for x, m in zip(leaves, moves, strict=True) if m]
-        jaxpr, consts = open_jaxpr(jax.make_jaxpr(flat)(*arrays))
-        ctx = Context(chosen.compute_dtype, table, _HIGHER_ORDER)
-        ins = [marked(jnp.asarray(x), var.aval) for x, var in zip(arrays, jaxpr.invars, strict=True)]
-        outs = iter(evaluate(ctx, jaxpr, consts, ins))
-        # What is no array (a name, a function) is handed on as it is.
-        return jax.tree.unflatten(out_structure, [ctx.widen(next(outs)) if x is None else x for x in static])
+            outs = fn(*args, **kwargs)
+        else:
+            outs = _call(fn, (args, kwargs), chosen.compute_dtype, table, kept)
+        return chosen.cast_to_output(outs) if cast_outputs else outs
 
     return wrapped
 
 
+class _Tree(NamedTuple):
+    """A tree with its arrays taken out; what is no array (a name, a function) stays in its place."""
+
+    structure: Any
+    static: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> tuple["_Tree", list[Any]]:
+        leaves, structure = jax.tree.flatten(tree)
+        static = tuple(_ARRAY if is_array(x) else x for x in leaves)
+        return cls(structure, static), [jnp.asarray(x) for x in leaves if is_array(x)]
+
+    def filled(self, arrays: Iterable[Any]) -> Any:
+        moving = iter(arrays)
+        return jax.tree.unflatten(self.structure, [next(moving) if x is _ARRAY else x for x in self.static])
+
+
+def _trace(fn: Callable[..., Any], inputs: _Tree, arrays: Sequence[Any]) -> tuple[Any, list[Any], _Tree]:
+    """Traces a function of trees in its own dtypes: jaxpr, constants and the tree of its results."""
+    outputs: list[_Tree] = []
+
+    def flat(*arrays: Any) -> list[Any]:
+        args, kwargs = inputs.filled(arrays)
+        tree, outs = _Tree.of(fn(*args, **kwargs))
+        outputs.append(tree)
+        return outs
+
+    jaxpr, consts = open_jaxpr(jax.make_jaxpr(flat)(*arrays))
+    return jaxpr, consts, outputs[-1]
+
+
+def _call(fn: Callable[..., Any], args: Any, low: Any, rules: Rules, kept: dict[Any, Any]) -> Any:
+    inputs, arrays = _Tree.of(args)
+    ctx = Context(low, rules, _HIGHER_ORDER)
+
+    def run(*arrays: Any) -> list[Any]:
+        ins = [marked(x, var.aval) for x, var in zip(arrays, jaxpr.invars, strict=True)]
+        outs = [ctx.widen(value) for value in evaluate(ctx, jaxpr, consts, ins)]
+        rules.warn_of_unused(ctx.seen)
+        return outs
+
+    if any(map(is_staged, arrays)):
+        jaxpr, consts, outputs = _trace(fn, inputs, arrays)
+        return outputs.filled(run(*arrays))
+    # Eager: the rewritten function is kept as jit would keep it, so that its loops are not compiled at each call.
+    # 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+    static = tuple((type(x), repr(x)) if isinstance(x, int | float | complex) else x for x in inputs.static)
+    key: Any = (inputs.structure, static, tuple(map(jax.typeof, arrays)), trace_context())
+    try:
+        found = kept.get(key)
+    except TypeError:  # a static argument that has no hash
+        key, found = None, None
+    if found is None:
+        jaxpr, consts, outputs = _trace(fn, inputs, arrays)
+        found = as_function(jax.make_jaxpr(run)(*arrays)), outputs
+        # Arrays that the function closes over may be others next time, as in a module that is updated in place.
+        if key is not None and not consts:
+            kept[key] = found
+            if len(kept) > _MOST_KEPT:
+                del kept[next(iter(kept))]
+    evaluated, outputs = found
+    return outputs.filled(evaluated(*arrays))
+
+
 def is_array(x: Any) -> bool:
-    """Whether a leaf is a value that jax traces."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
+    """Whether a leaf is an array. Python numbers are not: a function may branch on them."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)

@@ -1,17 +1,24 @@
 """Primitives that hold functions: entered, rewritten, and bound again with their own parameters."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from mpjax._autocast._interpreter import Context, Reads, evaluate
+from mpjax._autocast._context import Context
+from mpjax._autocast._interpreter import evaluate
 from mpjax._autocast._marks import Mark, Value, boundary_mark, join_marks
-from mpjax._compat import abstract, bind, open_jaxpr, scan_split
+from mpjax._autocast._reads import Reads
+from mpjax._compat import abstract, bind, is_literal, open_jaxpr, scan_split
 
 
 def rewrite(
-    ctx: Context, jaxpr: Any, ins: Sequence[Value], targets: Sequence[Mark | None] | None = None
+    ctx: Context,
+    jaxpr: Any,
+    ins: Sequence[Value],
+    targets: Sequence[Mark | None] | None = None,
+    boundary: Callable[[Mark | None], Mark | None] = boundary_mark,
 ) -> tuple[Any, list[Mark | None]]:
     """Traces a jaxpr in mixed precision: the new closed jaxpr, and the marks of its results.
 
@@ -21,11 +28,13 @@ def rewrite(
       ctx: the evaluation.
       jaxpr: closed or not.
       ins: values to trace with; only their types, marks and constants matter.
-      targets: the marks that the results are to have. Default: their own, statistics and normalised activations
-        brought to what may cross a boundary.
+      targets: the marks that the results are to have. Default: their own.
+      boundary: what becomes of a result's own mark.
     """
     avals = tuple(v.array if isinstance(v.array, jax.ShapeDtypeStruct) else abstract(v.array) for v in ins)
-    key = (id(jaxpr), avals, tuple((v.mark, v.const) for v in ins), None if targets is None else tuple(targets))
+    where = ctx.path if ctx.rules.paths else ctx.region
+    marked = tuple((v.mark, v.const) for v in ins)
+    key = (id(jaxpr), avals, marked, None if targets is None else tuple(targets), boundary is boundary_mark, where)
     if key in ctx.cache:
         return ctx.cache[key][1:]
     inner, consts = open_jaxpr(jaxpr)
@@ -34,7 +43,7 @@ def rewrite(
     def run(*arrays: Any) -> list[Any]:
         values = [Value(a, v.mark, v.const) for a, v in zip(arrays, ins, strict=True)]
         outs = evaluate(ctx, inner, consts, values)
-        wanted = [boundary_mark(v.mark) for v in outs] if targets is None else targets
+        wanted = [boundary(v.mark) for v in outs] if targets is None else targets
         marks[:] = wanted
         return [ctx.cast(v, mark).array for v, mark in zip(outs, wanted, strict=True)]
 
@@ -45,10 +54,17 @@ def rewrite(
 
 
 def call(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
-    """`jit`: one new function for each combination of input marks."""
+    """`jit`: one new function for each combination of input marks, which go through it as if it were not there."""
     del reads
-    new, marks = rewrite(ctx, eqn.params["jaxpr"], ins)
-    return _values(bind(eqn, _arrays(ins), jaxpr=new), marks)
+    new, marks = rewrite(ctx, eqn.params["jaxpr"], ins, boundary=lambda mark: mark)
+    return with_marks(bind(eqn, _arrays(ins), jaxpr=new), marks)
+
+
+def inline(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
+    """`closed_call` and its like: a call that was never meant to be seen."""
+    del reads
+    inner, consts = open_jaxpr(eqn.params.get("call_jaxpr") or eqn.params["jaxpr"])
+    return evaluate(ctx, inner, consts, ins)
 
 
 def remat(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
@@ -57,7 +73,7 @@ def remat(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]
     new, marks = rewrite(ctx, eqn.params["jaxpr"], ins)
     inner, consts = open_jaxpr(new)
     assert not consts, "a rematerialised body has no constants of its own"
-    return _values(bind(eqn, _arrays(ins), jaxpr=inner), marks)
+    return with_marks(bind(eqn, _arrays(ins), jaxpr=inner), marks)
 
 
 def cond(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
@@ -67,7 +83,7 @@ def cond(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
     marks = [rewrite(ctx, branch, operands)[1] for branch in eqn.params["branches"]]
     joined = [_join_all(column) for column in zip(*marks, strict=True)]
     branches = tuple(rewrite(ctx, branch, operands, joined)[0] for branch in eqn.params["branches"])
-    return _values(bind(eqn, [index.array, *_arrays(operands)], branches=branches), joined)
+    return with_marks(bind(eqn, [index.array, *_arrays(operands)], branches=branches), joined)
 
 
 def scan(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
@@ -87,7 +103,7 @@ def scan(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
         carry = grown
     targets = [v.mark for v in carry] + marks[n_carry:]
     new, _ = rewrite(ctx, jaxpr, [*consts, *carry, *rows], targets)
-    return _values(bind(eqn, _arrays([*consts, *carry, *xs]), jaxpr=new), targets)
+    return with_marks(bind(eqn, _arrays([*consts, *carry, *xs]), jaxpr=new), targets)
 
 
 def while_loop(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
@@ -108,7 +124,7 @@ def while_loop(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[V
     new_body, _ = rewrite(ctx, body, [*body_consts, *carry], targets)
     new_cond, _ = rewrite(ctx, eqn.params["cond_jaxpr"], [*cond_consts, *carry])
     arrays = _arrays([*cond_consts, *body_consts, *carry])
-    return _values(bind(eqn, arrays, body_jaxpr=new_body, cond_jaxpr=new_cond), targets)
+    return with_marks(bind(eqn, arrays, body_jaxpr=new_body, cond_jaxpr=new_cond), targets)
 
 
 def shard_map(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
@@ -130,12 +146,16 @@ def shard_map(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Va
         axis_names=eqn.params["newly_manual_axes"],
         check_vma=eqn.params["check_vma"],
     )
-    return _values(mapped(*_arrays(ins)), marks)
+    return with_marks(mapped(*_arrays(ins)), marks)
 
 
 # Arithmetic that keeps a running sum a running sum: c + x, a * c + x, and what only moves c.
-_LINEAR = {"add", "sub", "add_any", "mul", "div", "neg", "convert_element_type", "copy", "reshape", "squeeze"}
-_LINEAR |= {"broadcast_in_dim", "transpose", "select_n", "dynamic_update_slice", "slice", "concatenate"}
+_ADDING = ("add", "sub", "add_any")
+_SCALING = ("mul", "div", "neg")
+_MOVING = (
+    *("convert_element_type", "copy", "reshape", "squeeze", "broadcast_in_dim", "transpose", "select_n"),
+    *("dynamic_update_slice", "slice", "concatenate", "scatter"),
+)
 
 
 def accumulators(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
@@ -154,22 +174,19 @@ def accumulators(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
             if atom in seen or atom not in producer:
                 continue
             seen.add(atom)
-            stack.extend(a for a in producer[atom].invars if not hasattr(a, "val"))
+            stack.extend(a for a in producer[atom].invars if not is_literal(a))
         return False
 
     def adds(atom: Any, carry: Any) -> bool:
-        while not hasattr(atom, "val") and atom in producer:
-            eqn = producer[atom]
-            if eqn.primitive.name not in _LINEAR:
-                return False
-            readers = [a for a in eqn.invars if not hasattr(a, "val") and reads(a, carry)]
-            if len(readers) != 1:
-                return False
-            others = [a for a in eqn.invars if a is not readers[0]]
-            if eqn.primitive.name in ("add", "sub", "add_any") and others:
-                return True
-            atom = readers[0]
-        return False
+        eqn = None if is_literal(atom) else producer.get(atom)
+        if eqn is None or eqn.primitive.name not in (*_ADDING, *_SCALING, *_MOVING):
+            return False
+        readers = [a for a in eqn.invars if not is_literal(a) and reads(a, carry)]
+        if eqn.primitive.name in _MOVING:
+            return any(adds(reader, carry) for reader in readers)
+        if len(readers) != 1:
+            return False
+        return (eqn.primitive.name in _ADDING and len(eqn.invars) > 1) or adds(readers[0], carry)
 
     carries = jaxpr.invars[n_consts : n_consts + n_carry]
     return [adds(out, carry) for out, carry in zip(jaxpr.outvars, carries, strict=False)]
@@ -178,7 +195,7 @@ def accumulators(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
 def _carried(ctx: Context, value: Value, accumulates: bool) -> Value:
     mark = boundary_mark(value.mark)
     # A carry changes from step to step: it is no constant, whatever it starts as.
-    return ctx.cast(value, Mark.FULL if accumulates and mark else mark)._replace(const=None)
+    return dataclasses.replace(ctx.cast(value, Mark.FULL if accumulates and mark else mark), const=None)
 
 
 def _join_all(marks: Sequence[Mark | None]) -> Mark | None:
@@ -192,5 +209,6 @@ def _arrays(values: Sequence[Value]) -> list[Any]:
     return [value.array for value in values]
 
 
-def _values(arrays: Sequence[Any], marks: Sequence[Mark | None]) -> list[Value]:
+def with_marks(arrays: Sequence[Any], marks: Sequence[Mark | None]) -> list[Value]:
+    """Values of these arrays and marks."""
     return [Value(array, mark) for array, mark in zip(arrays, marks, strict=True)]

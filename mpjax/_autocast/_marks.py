@@ -1,8 +1,9 @@
 """Marks: what is known of a float value beside its array, and how they combine."""
 
+import dataclasses
 import enum
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 
 class Mark(enum.Enum):
@@ -15,18 +16,21 @@ class Mark(enum.Enum):
     FULL = "its range or accuracy needs float32"
 
 
-class Value(NamedTuple):
+@dataclasses.dataclass
+class Value:
     """A value in the evaluation.
 
     Attributes:
       array: an array or tracer, in the compute dtype where the mark is LOW, else in its own dtype.
       mark: None for everything that is not float32 in the original program.
       const: the number, where the value is a scalar constant or a broadcast of one.
+      other: the array in the dtype that it is not in, once that has been asked for.
     """
 
     array: Any
     mark: Mark | None = None
     const: float | None = None
+    other: Any = None
 
 
 def follow_mark(marks: Iterable[Mark | None]) -> Mark | None:
@@ -42,6 +46,12 @@ def follow_mark(marks: Iterable[Mark | None]) -> Mark | None:
         if mark in found:
             return mark
     return Mark.FREE
+
+
+def full_mark(marks: Iterable[Mark | None]) -> Mark:
+    """The mark of what has to be computed in float32: the reciprocal root of a variance is a statistic still."""
+    found = {mark for mark in marks if mark is not None}
+    return Mark.STAT if Mark.STAT in found and found <= {Mark.STAT, Mark.FREE} else Mark.FULL
 
 
 def reduced_mark(marks: Iterable[Mark | None]) -> Mark:

@@ -2,11 +2,16 @@
 
 import dataclasses
 import functools
+import re
+import warnings
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
 
-from mpjax._autocast._tables import ROWS, Kind
-from mpjax._errors import problem
+from mpjax._autocast._regions import Region
+from mpjax._autocast._tables import PRESETS, ROWS, Kind
+from mpjax._errors import listing, problem
+from mpjax._overrides import check_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +25,25 @@ class Rule:
 
     kind: Kind
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PathRule:
+    """An exception for a module and everything in it.
+
+    Attributes:
+      pattern: a regular expression for a whole module path; case is ignored.
+      region: what holds inside.
+      reason: one sentence.
+    """
+
+    pattern: str
+    region: Region
+    reason: str
+
+    def matches(self, path: tuple[str, ...]) -> bool:
+        """Whether the pattern names a module on this path."""
+        return any(re.fullmatch(self.pattern, "/".join(path[:end]), re.IGNORECASE) for end in range(1, len(path) + 1))
 
 
 # What is not in the table keeps its own dtypes: never silently narrowed.
@@ -37,6 +61,7 @@ class Rules:
     """
 
     rows: tuple[tuple[str, Rule], ...]
+    paths: tuple[PathRule, ...] = ()
 
     @functools.cached_property
     def _table(self) -> MappingProxyType[str, Rule]:
@@ -70,16 +95,94 @@ class Rules:
                 )
             )
         table = {**self._table, name: Rule(Kind[kind.upper()], reason)}
-        return Rules(tuple(sorted(table.items(), key=lambda row: row[0])))
+        return dataclasses.replace(self, rows=tuple(sorted(table.items(), key=lambda row: row[0])))
+
+    def with_path(self, pattern: str, kind: str, reason: str) -> "Rules":
+        """Returns these rules with an exception for some modules and everything in them.
+
+        The path of an operation is made of the name scopes that it was traced in. Flax Linen, haiku and equinox make
+        one for each module (`LanguageModel/Block_0/LayerNorm_0`); elsewhere `jax.named_scope` does.
+        `mp.full_precision` and `mp.keep_precision` in the code itself come before rules for paths.
+
+        Args:
+          pattern: a regular expression for a whole module path; case is ignored.
+          kind: `"full"` for float32, `"keep"` for exactly as written.
+          reason: one sentence.
+
+        Raises:
+          TypeError, ValueError: `pattern` is no regular expression, or `kind` none of these.
+
+        >>> import mpjax as mp
+        >>> rules = mp.default_rules().with_path(r".*/router", "full", "its scores decide who computes")
+        """
+        check_pattern(pattern)
+        if not (isinstance(kind, str) and kind.upper() in Region.__members__):
+            raise ValueError(
+                problem(
+                    f"kind is {kind!r}.",
+                    expected=f"one of {', '.join(k.lower() for k in Region.__members__)}",
+                    write=f'mp.default_rules().with_path({pattern!r}, "full", "diverges otherwise")',
+                )
+            )
+        return dataclasses.replace(self, paths=(*self.paths, PathRule(pattern, Region[kind.upper()], reason)))
+
+    def exception(self, path: tuple[str, ...]) -> PathRule | None:
+        """The exception that holds for a path of name scopes.
+
+        Raises:
+          ValueError: exceptions that match one path disagree.
+        """
+        found = [rule for rule in self.paths if rule.matches(path)]
+        if any(rule.region is not found[0].region for rule in found):
+            raise ValueError(
+                problem(
+                    f"{len(found)} rules match {'/'.join(path)!r} and disagree:\n"
+                    f"{listing([f'{rule.pattern!r}: {rule.region.name.lower()}' for rule in found])}",
+                    expected="patterns that match one path to name the same kind",
+                    write="narrower patterns, such as r'.*/norm_1' in place of r'.*norm.*'",
+                )
+            )
+        return found[0] if found else None
+
+    def warn_of_unused(self, paths: Iterable[tuple[str, ...]]) -> None:
+        """Warns of exceptions that match none of these paths."""
+        unused = [rule.pattern for rule in self.paths if not any(map(rule.matches, paths))]
+        if unused:
+            warnings.warn(
+                problem(
+                    f"rules that match no path: {', '.join(map(repr, unused))}. The paths are\n"
+                    f"{listing(['/'.join(path) for path in paths])}",
+                    expected="each pattern to match the whole path of at least one module",
+                    write="r'.*norm.*', with .* on both sides; jax.named_scope gives a path where a library gives none",
+                ),
+                UserWarning,
+                stacklevel=6,
+            )
 
 
 @functools.cache
-def default_rules() -> Rules:
-    """The rules that `autocast` uses by default.
+def default_rules(preset: str = "mpjax") -> Rules:
+    """The rules that `autocast` uses by default, or those of another library.
+
+    Args:
+      preset: `"mpjax"`; `"torch"`: PyTorch's lists for CUDA, in which sin, cos, erf and special functions follow
+        their inputs; `"tensorflow"`: TensorFlow's lists, in which log, rsqrt and softmax follow their inputs;
+        `"matmul"`: matrix work alone in the compute dtype, everything else in float32.
+
+    Raises:
+      ValueError: `preset` is none of these.
 
     >>> import mpjax as mp
     >>> mp.default_rules().of("dot_general").reason
     'tensor-core work; the accumulator is float32'
+    >>> mp.default_rules("torch").of("sin").kind.name
+    'FOLLOW'
     """
-    table = {name: Rule(row.kind, row.reason) for row in ROWS for name in row.primitives}
+    if preset not in PRESETS:
+        raise ValueError(
+            problem(
+                f"preset is {preset!r}.", expected=f"one of {', '.join(PRESETS)}", write='mp.default_rules("torch")'
+            )
+        )
+    table = {name: Rule(row.kind, row.reason) for row in (*ROWS, *PRESETS[preset]) for name in row.primitives}
     return Rules(tuple(sorted(table.items(), key=lambda row: row[0])))

@@ -30,7 +30,6 @@ ROWS = (
         (
             "dot_general",
             "conv_general_dilated",
-            "ragged_dot",
             "ragged_dot_general",
         ),
     ),
@@ -47,7 +46,7 @@ ROWS = (
         Kind.FULL,
         "a series with cancellation",
         (
-            *("erf_inv", "lgamma", "digamma", "polygamma", "igamma", "igammac", "igamma_grad_a", "random_gamma_grad"),
+            *("erf_inv", "lgamma", "digamma", "polygamma", "igamma", "igammac", "igamma_grad_a"),
             *("bessel_i0e", "bessel_i1e", "zeta", "regularized_incomplete_beta", "polynomial"),
         ),
     ),
@@ -57,7 +56,14 @@ ROWS = (
         (
             *("cholesky", "cholesky_update", "eig", "eigh", "fft", "geqrf", "geqp3", "hessenberg"),
             *("householder_product", "lu", "lu_pivots_to_permutation", "ormqr", "qr", "schur", "svd"),
-            *("triangular_solve", "tridiagonal", "tridiagonal_solve"),
+            *(
+                "symmetric_product",
+                "complex",
+                "triangular_solve",
+                "tridiagonal",
+                "tridiagonal_solve",
+                "custom_linear_solve",
+            ),
         ),
     ),
     Row(
@@ -66,7 +72,7 @@ ROWS = (
         (
             *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "reduce_window_sum"),
             *("scatter-add", "scatter-sub", "scatter-mul", "select_and_scatter_add", "select_and_gather_add"),
-            *("psum", "psum_invariant", "psum2", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"),
+            *("psum", "psum_invariant", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"),
         ),
     ),
     Row(
@@ -76,14 +82,14 @@ ROWS = (
             *("add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "max", "min", "clamp", "select_n"),
             *("floor", "ceil", "round", "nextafter", "atan", "atan2", "tanh", "logistic", "erf", "erfc", "sqrt"),
             *("square", "integer_pow", "one_minus_square", "is_finite", "eq", "ne", "lt", "le", "gt", "ge"),
-            *("eq_to", "le_to", "lt_to", "copy", "copy_p", "name", "complex", "real", "imag", "conj", "mulhi"),
+            *("eq_to", "le_to", "lt_to", "copy", "name", "real", "imag", "conj", "mulhi"),
         ),
     ),
     Row(
         Kind.FOLLOW,
         "moves or picks values",
         (
-            *("broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "dynamic_slice"),
+            *("broadcast_in_dim", "reshape", "transpose", "squeeze", "rev", "slice", "dynamic_slice"),
             *("dynamic_update_slice", "gather", "scatter", "scatter-max", "scatter-min", "concatenate", "pad"),
             *("split", "tile", "stack", "unstack", "sort", "top_k", "approx_top_k", "argmax", "argmin"),
             *("reduce_max", "reduce_min", "cummax", "cummin", "reduce_window_max", "reduce_window_min"),
@@ -96,7 +102,7 @@ ROWS = (
         "a note to the compiler, not arithmetic",
         (
             *("optimization_barrier", "sharding_constraint", "reshard", "layout_constraint", "device_put"),
-            *("pvary", "pcast", "dce_sink", "stop_gradient"),
+            *("pvary", "dce_sink", "stop_gradient"),
         ),
     ),
     Row(
@@ -114,9 +120,35 @@ ROWS = (
         Kind.OPAQUE,
         "its body or kernel has a fixed signature",
         (
-            *("reduce", "reduce_window", "pallas_call", "ffi_call", "custom_lin", "custom_linear_solve", "stage"),
+            *("reduce", "reduce_window", "pallas_call", "ffi_call", "custom_lin", "stage"),
             *("pure_callback", "io_callback", "debug_callback", "debug_print", "call_exported", "composite"),
-            *("custom_vmap_call", "eval_jaxpr", "call", "closed_call", "core_call"),
         ),
     ),
 )
+
+_ELEMENTWISE = next(row.primitives for row in ROWS if row.reason.startswith("element-wise"))
+
+# What other libraries do differently: rows that replace ours. Sources: torch's autocast_mode.h (CUDA lists),
+# TensorFlow's auto_mixed_precision_lists.h (float16 on GPUs).
+PRESETS: dict[str, tuple[Row, ...]] = {
+    "mpjax": (),
+    "torch": (
+        Row(
+            Kind.FOLLOW,
+            "on none of PyTorch's lists for CUDA: runs in the dtype of its inputs",
+            (
+                *("sin", "cos", "asinh", "acosh", "atanh", "exp2", "cbrt", "lgamma", "digamma", "polygamma", "igamma"),
+                *("igammac", "bessel_i0e", "bessel_i1e", "zeta", "regularized_incomplete_beta", "cumlogsumexp"),
+            ),
+        ),
+    ),
+    "tensorflow": (
+        Row(
+            Kind.FOLLOW,
+            "on TensorFlow's infer list: follows its inputs",
+            ("log", "log1p", "rsqrt", "reduce_prod"),
+        ),
+        Row(Kind.FULL, "on TensorFlow's deny list, or on none", ("reduce_sum", "cumsum", "cumprod")),
+    ),
+    "matmul": (Row(Kind.FULL, "no matrix work: in float32, as written", (*_ELEMENTWISE, "cumsum", "reduce_sum")),),
+}

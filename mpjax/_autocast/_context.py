@@ -1,0 +1,107 @@
+"""What an evaluation carries along, and how its values change dtype."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._autocast._marks import Mark, Value
+from mpjax._autocast._regions import Region, modules_of, region_of
+from mpjax._autocast._rules import Rules
+from mpjax._dtypes import FLOAT32
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an evaluation carries along.
+
+    Attributes:
+      low: the compute dtype.
+      rules: the table.
+      higher_order: how primitives that hold functions are evaluated, by name.
+      cache: functions already rewritten, by their jaxpr and the marks of their inputs.
+      path: the name scopes of the equation that is being evaluated.
+      region: the region that the path lies in.
+      seen: the regions of all paths so far.
+      notes: each equation with what was decided for it, if that is to be explained.
+    """
+
+    low: np.dtype[Any]
+    rules: Rules
+    higher_order: dict[str, Callable[..., list[Value]]]
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    path: tuple[str, ...] = ()
+    region: Region | None = None
+    seen: dict[tuple[str, ...], Region | None] = dataclasses.field(default_factory=dict)
+    notes: list[Any] | None = None
+
+    def inside(self, scopes: tuple[str, ...]) -> "Context":
+        """The same, further down the path of name scopes."""
+        if not scopes:
+            return self
+        path = (*self.path, *scopes)
+        if path not in self.seen:
+            exception = self.rules.exception(modules_of(path))
+            self.seen[path] = region_of(path) or (exception.region if exception else None)
+        return dataclasses.replace(self, path=path, region=self.seen[path])
+
+    @property
+    def why_here(self) -> str:
+        """Why the region is what it is."""
+        inside = region_of(self.path)
+        if inside:
+            return f"inside {inside.value}"
+        exception = self.rules.exception(modules_of(self.path))
+        return exception.reason if exception else "in no region"
+
+    def narrow(self, value: Value) -> Any:
+        """The array in the compute dtype."""
+        if value.mark in (None, Mark.LOW):
+            return value.array
+        if value.const is not None and np.isfinite(value.const):
+            # Rounded to nearest, not to inf: bfloat16 ends just below float32's largest number, the usual mask.
+            limit = float(jnp.finfo(self.low).max)
+            number = np.asarray(np.clip(value.const, -limit, limit), self.low)
+            return jnp.full(value.array.shape, number) if value.array.shape else jnp.asarray(number)
+        if value.mark is Mark.FREE:
+            # A cast for each use: the gradients of a weight's uses are then added up in float32.
+            return jax.lax.convert_element_type(value.array, self.low)
+        if value.other is None:
+            value.other = jax.lax.convert_element_type(value.array, self.low)
+        return value.other
+
+    def widen(self, value: Value) -> Any:
+        """The array in its original dtype."""
+        if value.mark is not Mark.LOW:
+            return value.array
+        if value.other is None:
+            value.other = jax.lax.convert_element_type(value.array, FLOAT32)
+        return value.other
+
+    def cast(self, value: Value, mark: Mark | None) -> Value:
+        """The value with another mark, in the dtype that goes with it."""
+        array = self.narrow(value) if mark is Mark.LOW else self.widen(value)
+        return Value(array, mark, value.const)
+
+    def holds(self, const: float | None) -> bool:
+        """Whether the compute dtype can hold a constant: 1e9 is inf in float16, 1e-8 is 0."""
+        if const is None or const == 0 or not np.isfinite(const):
+            return True
+        limits = jnp.finfo(self.low)
+        return float(limits.tiny) <= abs(const) and abs(const) * (1 - float(limits.eps)) <= float(limits.max)
+
+
+def is_subject(aval: Any) -> bool:
+    """Whether autocast may touch a value: only what the original program has in float32."""
+    return getattr(aval, "dtype", None) == FLOAT32
+
+
+def marked(array: Any, aval: Any) -> Value:
+    """A value that enters the evaluation."""
+    if not is_subject(aval):
+        return Value(array)
+    is_number = isinstance(array, int | float | np.generic | np.ndarray) and np.shape(array) == ()
+    return Value(jnp.asarray(array, FLOAT32), Mark.FREE, float(array) if is_number else None)

@@ -1,0 +1,116 @@
+"""What to do with an equation, and why: the rules, the region, and a look at its neighbours."""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from mpjax._autocast._context import Context
+from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, reduced_mark
+from mpjax._autocast._patterns import is_half_of_a_pair, is_shift, is_softmax_input, match_softmax
+from mpjax._autocast._reads import Reads
+from mpjax._autocast._regions import Region
+from mpjax._autocast._tables import Kind
+from mpjax._compat import inner_jaxprs
+from mpjax._dtypes import FLOAT16, FLOAT32
+
+
+class Action(enum.Enum):
+    """How an equation is bound."""
+
+    LOW = "float32 inputs cast to the compute dtype"
+    WIDE = "inputs in their original dtypes"
+    PASS = "inputs as they are"
+    DROP = "not at all: it hands its input on"
+    ENTER = "its body rewritten"
+    SOFTMAX = "as a softmax that is kept in the compute dtype"
+    SATURATE = "in float32, the result brought into the range of the compute dtype"
+
+
+class Decision(NamedTuple):
+    """What to do with an equation.
+
+    Attributes:
+      action: how it is bound.
+      mark: of its results.
+      reason: one sentence.
+    """
+
+    action: Action
+    mark: Mark | None
+    reason: str
+
+
+def decide(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
+    """What to do with an equation, and why."""
+    name = eqn.primitive.name
+    if ctx.region is Region.KEEP:
+        return Decision(Action.WIDE, Mark.FREE, ctx.why_here)
+    if name in ctx.higher_order:
+        return Decision(Action.ENTER, None, "entered: its body is rewritten")
+    rule = ctx.rules.of(name)
+    if name == "convert_element_type" and eqn.params["new_dtype"] == FLOAT32 and ins[0].mark:
+        return Decision(Action.DROP, None, "float32 to float32: only sheds a weak type")
+    if rule.kind is Kind.OPAQUE:
+        return Decision(Action.WIDE, Mark.FREE, rule.reason)
+    if why := is_never(eqn):
+        return Decision(Action.WIDE, Mark.FREE, why)
+    if rule.kind is Kind.PASS:
+        return Decision(Action.PASS, None, rule.reason)
+    if ctx.region is Region.FULL:
+        return Decision(Action.WIDE, Mark.FULL, ctx.why_here)
+    if rule.kind is Kind.LOW:
+        return Decision(Action.LOW, Mark.LOW, rule.reason)
+    if rule.kind is Kind.FULL:
+        return Decision(Action.WIDE, full_mark(v.mark for v in ins), rule.reason)
+    if rule.kind is Kind.SUM:
+        return Decision(Action.WIDE, reduced_mark(v.mark for v in ins), rule.reason)
+    return _follow(ctx, eqn, ins, reads, rule.reason)
+
+
+# Bounded functions and kinks: what a normalised activation goes through next is computed as an activation.
+_NONLINEAR = ("tanh", "logistic", "erf", "erfc", "integer_pow", "square", "max", "min", "clamp", "abs")
+# What may lie between a value and the sum that it ends in: a loss, the square of a variance, a masked mean.
+_TO_SUM = (
+    *("add", "sub", "mul", "div", "neg", "abs", "max", "min", "clamp", "select_n", "square", "integer_pow", "sqrt"),
+    *("sign", "broadcast_in_dim", "reshape", "squeeze", "transpose", "convert_element_type", "copy"),
+)
+
+
+def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str) -> Decision:
+    name = eqn.primitive.name
+    mark = follow_mark(v.mark for v in ins)
+    if mark is Mark.FULL and match_softmax(ctx.rules, eqn, reads):
+        return Decision(Action.SOFTMAX, Mark.LOW, "a softmax that matrix work reads: float32 inside, kept in 16 bits")
+    if mark not in (Mark.LOW, Mark.NORMED):
+        return Decision(Action.WIDE, mark, f"{reason}, and these are float32")
+    if is_shift(eqn, reads):
+        return Decision(Action.WIDE, Mark.FULL, "x - max(x), the start of a softmax: its last digits become factors")
+    # A float16 square overflows at 256; XLA fuses the cast into the reduction anyway.
+    if reads.only_by(ctx.rules, eqn, (Kind.SUM, Kind.FULL), _TO_SUM):
+        return Decision(Action.WIDE, Mark.NORMED, "only what is computed in float32 reads it")
+    if ctx.low == FLOAT16 and name in ("square", "integer_pow"):
+        return Decision(Action.WIDE, Mark.NORMED, "a square overflows float16 at 256")
+    if mark is Mark.NORMED and name not in _NONLINEAR:
+        return Decision(Action.WIDE, mark, f"{reason}, and these are a normalisation")
+    if not all(ctx.holds(v.const) for v in ins):
+        return Decision(Action.WIDE, Mark.FULL, f"its constant is too large or too small for {ctx.low}")
+    if inner_jaxprs(eqn):
+        return Decision(Action.WIDE, Mark.NORMED, "the function that it combines with is written in float32")
+    if is_half_of_a_pair(eqn, reads):
+        return Decision(Action.WIDE, Mark.FULL, "the even or odd half of a parallel scan, which adds them up")
+    if any(v.mark is Mark.FREE and v.const is None for v in ins) and is_softmax_input(eqn, reads):
+        return Decision(Action.SATURATE, Mark.LOW, "a softmax reads it: a mask must not become infinite in 16 bits")
+    return Decision(Action.LOW, Mark.LOW, reason)
+
+
+def is_never(eqn: Any) -> str | None:
+    """Why the user decided already: other dtypes among the floats, or an accumulator of another dtype."""
+    dtypes = {getattr(atom.aval, "dtype", None) for atom in (*eqn.invars, *eqn.outvars)}
+    if FLOAT32 not in dtypes:
+        return "no float32 in it"
+    others = [d for d in dtypes if d is not None and d != FLOAT32 and jnp.issubdtype(d, jnp.floating)]
+    if others:
+        return f"written with {others[0]}"
+    preferred = eqn.params.get("preferred_element_type")
+    return None if preferred in (None, FLOAT32) else f"written to accumulate in {preferred}"
