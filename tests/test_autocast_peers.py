@@ -237,7 +237,9 @@ class TestEveryOperationOfTorchsLists:
     def test_of_an_activation(self, op, policy):
         low = LOW[policy]
         cast = mp.autocast(lambda x, w, y: op.fn(x @ w, y), policy)
-        assert result_dtype(cast, X, W, Y) == (low if op.ours == "low" else "float32")
+        # A power overflows float16 soon: 257**2 is infinite there.
+        powers = ("reciprocal", "pow_integer") if policy == "mixed_float16" else ()
+        assert result_dtype(cast, X, W, Y) == (low if op.ours == "low" and op.name not in powers else "float32")
         if policy == "mixed_float16":
             return  # the values of one policy say what those of the other would
         got = cast(X, W, Y)
@@ -360,8 +362,8 @@ class TestColouring:
     def test_simple(self, policy):
         """exp, relu and sqrt stay float32, as does a logarithm after the product; one cast in, one out.
 
-        TensorFlow makes the relu just before the product low. Here what is float32 stays so until the product: the
-        cast is fused into either.
+        TensorFlow makes the relu just before the product low, and the one after it. Here what is float32 stays so
+        until the product, and what only a logarithm reads is float32: the cast is fused into either.
         """
 
         def fn(x):
@@ -372,7 +374,7 @@ class TestColouring:
         found = census(cast, X)
         for name in ("exp", "sqrt", "log", "reduce_sum"):
             assert found[name, "float32"] == 1
-        assert (found["max", "float32"], found["max", LOW[policy]]) == (2, 1)
+        assert found["max", "float32"] == 3
         assert found["dot_general", LOW[policy]] == 1
         assert sorted(dtype for _, dtype in casts(cast, X)) == sorted([LOW[policy], "float32"])
 
@@ -394,7 +396,9 @@ class TestColouring:
             if e.primitive.name not in ("broadcast_in_dim", "convert_element_type")
         }
         low = LOW[policy]
-        if dtype == "low" and name != "softmax":
+        if name == "square" and policy == "mixed_float16":
+            assert found == {"float32"}  # 257**2 is infinite in float16
+        elif dtype == "low" and name != "softmax":
             assert found == {low}
         elif dtype == "float32":
             assert "float32" in found
@@ -695,7 +699,8 @@ class TestGradients:
 
         (found, size), (hand, limit) = kept(mp.autocast(fn, policy)), kept(by_hand)
         assert found[low] > 0
-        assert size <= limit, f"{found} instead of {hand}"
+        # The third power of gelu, which overflows float16 at 41, is float32.
+        assert size <= limit + (64 * 8 * 2 if policy == "mixed_float16" else 0), f"{found} instead of {hand}"
 
 
 class TestNumerics:

@@ -11,6 +11,7 @@ import numpy as np
 from mpjax._autocast._marks import Mark, Value
 from mpjax._autocast._regions import Region, modules_of, region_of
 from mpjax._autocast._rules import Rules
+from mpjax._compat import is_tracer
 from mpjax._dtypes import FLOAT32
 
 
@@ -61,17 +62,28 @@ class Context:
         """The array in the compute dtype."""
         if value.mark in (None, Mark.LOW):
             return value.array
-        if value.const is not None and np.isfinite(value.const):
-            # Rounded to nearest, not to inf: bfloat16 ends just below float32's largest number, the usual mask.
-            limit = float(jnp.finfo(self.low).max)
-            number = np.asarray(np.clip(value.const, -limit, limit), self.low)
-            return jnp.full(value.array.shape, number) if value.array.shape else jnp.asarray(number)
+        if value.const is not None:
+            return self._constant(value)
         if value.mark is Mark.FREE:
             # A cast for each use: the gradients of a weight's uses are then added up in float32.
             return jax.lax.convert_element_type(value.array, self.low)
         if value.other is None:
             value.other = jax.lax.convert_element_type(value.array, self.low)
         return value.other
+
+    def _constant(self, value: Value) -> Any:
+        """A constant in the compute dtype: rounded to its largest number where that is nearest, not to inf.
+
+        bfloat16 ends just below float32's largest number, the usual mask.
+        """
+        assert value.const is not None, "a constant"
+        limit = float(jnp.finfo(self.low).max)
+        beyond = np.isfinite(value.const) and abs(value.const) > limit
+        if not is_tracer(value.array) and value.array.shape == ():
+            return jnp.asarray(np.clip(value.const, -limit, limit) if beyond else value.const, self.low)
+        # What it varies over, under shard_map, stays with it.
+        array = jax.lax.clamp(-limit, value.array, limit) if beyond else value.array
+        return jax.lax.convert_element_type(array, self.low)
 
     def widen(self, value: Value) -> Any:
         """The array in its original dtype."""
