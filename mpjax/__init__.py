@@ -3,8 +3,11 @@
 The names here are the public API; modules that start with an underscore are not.
 """
 
+import importlib
 import importlib.metadata
+from typing import Any
 
+from mpjax import diagnostics as diagnostics
 from mpjax import transforms as transforms
 from mpjax._autocast import Rules as Rules
 from mpjax._autocast import autocast as autocast
@@ -27,9 +30,17 @@ from mpjax._policy import default_policy as default_policy
 from mpjax._policy import get_policy as get_policy
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import select_tree as select_tree
+from mpjax.diagnostics import explain as explain
 from mpjax.transforms import get_loss_scale as get_loss_scale
 from mpjax.transforms import loss_scaled as loss_scaled
 from mpjax.transforms import skip_on_overflow as skip_on_overflow
 from mpjax.transforms import unscale as unscale
 
 __version__ = importlib.metadata.version("mpjax")
+
+
+def __getattr__(name: str) -> Any:
+    # mpjax.nnx imports flax, which `import mpjax` does not.
+    if name == "nnx":
+        return importlib.import_module("mpjax.nnx")
+    raise AttributeError(f"module 'mpjax' has no attribute {name!r}")

@@ -90,6 +90,11 @@ def name_scopes(eqn: Any) -> tuple[str, ...]:
     return tuple(entry.name for entry in eqn.source_info.name_stack.stack if type(entry).__name__ == "Scope")
 
 
+def is_backward(eqn: Any) -> bool:
+    """Whether an equation was made by transposing, as the backward pass of a gradient is."""
+    return any(getattr(entry, "name", None) == "transpose" for entry in eqn.source_info.name_stack.stack)
+
+
 def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
     """The function of flat lists that evaluates a closed jaxpr, equation by equation."""
     return jax.extend.core.jaxpr_as_fun(jaxpr)

@@ -33,7 +33,9 @@ ROWS = [
     ["transforms._norm"],
     ["transforms._skip_on_overflow"],
     ["transforms._loss_scaled"],
-    ["transforms"],
+    ["transforms", "diagnostics._explanation", "diagnostics._flops"],
+    ["diagnostics._explain"],
+    ["diagnostics", "nnx"],
     [""],
     ["cli"],
 ]

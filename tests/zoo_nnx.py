@@ -188,7 +188,7 @@ CASES = [
     Case(mlp, "nnx", has_aux=True, rows_meet="BatchNorm"),
     Case(gru, "nnx", check_vma=False, not_by_hand="the carry starts in float32 and makes the recurrent dots float32"),
     Case(vae, "nnx", rows_meet=ONE_KEY),
-    Case(ppo, "nnx", loss_bound=0.01, rows_meet="the advantages are normalised over the batch"),
+    Case(ppo, "nnx", loss_bound=0.015, rows_meet="the advantages are normalised over the batch"),
     Case(mixer, "nnx"),
     Case(diffusion, "nnx"),
     Case(nnx_attention_lm, "nnx"),

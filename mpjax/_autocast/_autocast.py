@@ -15,7 +15,7 @@ from mpjax._autocast._rules import Rules, default_rules
 from mpjax._compat import as_function, is_staged, open_jaxpr, trace_context
 from mpjax._dtypes import FLOAT32, is_float8
 from mpjax._errors import problem
-from mpjax._policy import default_policy, get_policy
+from mpjax._policy import Policy, default_policy, get_policy
 
 _HIGHER_ORDER: dict[str, Callable[..., Any]] = {
     "jit": _higher_order.call,
@@ -133,19 +133,42 @@ def _trace(fn: Callable[..., Any], inputs: _Tree, arrays: Sequence[Any]) -> tupl
     return jaxpr, consts, outputs[-1]
 
 
+def noted(fn: Callable[..., Any], policy: Policy, rules: Rules) -> tuple[Callable[..., Any], list[Any]]:
+    """`fn` under autocast, and a list that each call fills with equations and what was decided for them.
+
+    The rewritten equations carry the number of their note in a name scope.
+    """
+    notes: list[Any] = []
+    if policy.compute_dtype == FLOAT32:
+        return fn, notes
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        inputs, arrays = _Tree.of((args, kwargs))
+        outs, outputs = _evaluated(Context(policy.compute_dtype, rules, _HIGHER_ORDER, notes=notes), fn, inputs, arrays)
+        return outputs.filled(outs)
+
+    return wrapped, notes
+
+
+def _evaluated(ctx: Context, fn: Callable[..., Any], inputs: _Tree, arrays: Sequence[Any]) -> tuple[list[Any], _Tree]:
+    jaxpr, consts, outputs = _trace(fn, inputs, arrays)
+    return _widened(ctx, jaxpr, consts, arrays), outputs
+
+
+def _widened(ctx: Context, jaxpr: Any, consts: list[Any], arrays: Sequence[Any]) -> list[Any]:
+    ins = [marked(x, var.aval) for x, var in zip(arrays, jaxpr.invars, strict=True)]
+    outs = [ctx.widen(value) for value in evaluate(ctx, jaxpr, consts, ins)]
+    ctx.rules.warn_of_unused(ctx.seen)
+    return outs
+
+
 def _call(fn: Callable[..., Any], args: Any, low: Any, rules: Rules, kept: dict[Any, Any]) -> Any:
     inputs, arrays = _Tree.of(args)
     ctx = Context(low, rules, _HIGHER_ORDER)
 
-    def run(*arrays: Any) -> list[Any]:
-        ins = [marked(x, var.aval) for x, var in zip(arrays, jaxpr.invars, strict=True)]
-        outs = [ctx.widen(value) for value in evaluate(ctx, jaxpr, consts, ins)]
-        rules.warn_of_unused(ctx.seen)
-        return outs
-
     if any(map(is_staged, arrays)):
-        jaxpr, consts, outputs = _trace(fn, inputs, arrays)
-        return outputs.filled(run(*arrays))
+        outs, outputs = _evaluated(ctx, fn, inputs, arrays)
+        return outputs.filled(outs)
     # Eager: the rewritten function is kept as jit would keep it, so that its loops are not compiled at each call.
     # 1, 1.0 and True are equal, and so are 0.0 and -0.0.
     static = tuple((type(x), repr(x)) if isinstance(x, int | float | complex) else x for x in inputs.static)
@@ -156,7 +179,7 @@ def _call(fn: Callable[..., Any], args: Any, low: Any, rules: Rules, kept: dict[
         key, found = None, None
     if found is None:
         jaxpr, consts, outputs = _trace(fn, inputs, arrays)
-        found = as_function(jax.make_jaxpr(run)(*arrays)), outputs
+        found = as_function(jax.make_jaxpr(lambda *xs: _widened(ctx, jaxpr, consts, xs))(*arrays)), outputs
         # Arrays that the function closes over may be others next time, as in a module that is updated in place.
         if key is not None and not consts:
             kept[key] = found

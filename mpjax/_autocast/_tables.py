@@ -126,7 +126,7 @@ ROWS = (
     ),
 )
 
-_ELEMENTWISE = next(row.primitives for row in ROWS if row.reason.startswith("element-wise"))
+_ELEMENTWISE, MOVES = (row.primitives for row in ROWS if row.kind is Kind.FOLLOW)
 
 # What other libraries do differently: rows that replace ours. Sources: torch's autocast_mode.h (CUDA lists),
 # TensorFlow's auto_mixed_precision_lists.h (float16 on GPUs).
