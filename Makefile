@@ -26,12 +26,15 @@ format: .venv/dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv-bench/dev
+bench: .venv-bench/dev .venv-bench-gpu/dev
 	.venv-bench/bin/python benchmarks/step_cost.py --write
-	.venv-bench/bin/python benchmarks/autocast_cost.py --write
+	.venv-bench/bin/python benchmarks/autocast_cost.py --target v5e --write
+	.venv-bench/bin/python benchmarks/autocast_cost.py --fsdp --write
+	.venv-bench/bin/python benchmarks/autocast_trace.py --write
+	.venv-bench-gpu/bin/python benchmarks/autocast_cost.py --target h100 --write
 
 clean:
-	rm -rf .venv .venv-newest .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis out
+	rm -rf .venv .venv-newest .venv-bench .venv-bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis out
 
 # Each stamp is remade when pyproject.toml changes.
 .venv/demo: pyproject.toml | .venv/bin/python
@@ -50,6 +53,12 @@ clean:
 .venv-bench/dev: pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q --disable-pip-version-check -e ".[aot-tpu]"
+	touch $@
+
+# Its own environment: the compilers for TPUs and for GPUs are never to be in one process. 5.5 GB.
+.venv-bench-gpu/dev: pyproject.toml
+	$(PYTHON) -m venv .venv-bench-gpu
+	.venv-bench-gpu/bin/python -m pip install -q --disable-pip-version-check -e ".[aot-gpu]"
 	touch $@
 
 .venv/bin/python:

@@ -17,12 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from aot import Cost, compile_for_v5e, write_section  # isort: skip  # before jax: it sets what libtpu reads
+from aot import Cost, compile_for_v5e  # isort: skip  # before jax: it sets what libtpu reads
 
 import jax
 import jax.numpy as jnp
 import jmp
 import optax
+from results import write_section
 
 import mpjax as mp
 

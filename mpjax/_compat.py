@@ -1,6 +1,7 @@
 """The one file that may touch what JAX moves between releases; it exports capabilities, not versions."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ import jax.custom_derivatives
 import jax.extend.core
 import jax.extend.source_info_util
 import jax.interpreters.ad
+import jax.interpreters.batching
+import jax.interpreters.mlir
 import jax.numpy as jnp
 import numpy as np
 
@@ -143,6 +146,68 @@ def custom_vjp_rule(eqn: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return [None if isinstance(ct, jax.interpreters.ad.Zero) else ct for ct in cts]
 
     return forward, backward
+
+
+_float32_tangent = jax.extend.core.Primitive("float32_tangent")
+
+
+def float32_tangent(matrix: Any, position: int, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """A dot with one float32 operand, cast to the dtype of the result, and low ones otherwise.
+
+    It is linear in that operand, and transposed it gives a float32 gradient: the accumulator, never rounded. JAX has
+    no way to say that of an existing primitive, whose transpose has the dtype of its result.
+
+    Args:
+      matrix: the primitive, `dot_general`.
+      position: of the float32 operand.
+      operands: of that primitive.
+      params: of that primitive, with `preferred_element_type`.
+    """
+    return _float32_tangent.bind(*operands, matrix=matrix, position=position, **params)
+
+
+def _as_low(*operands: Any, matrix: Any, position: int, **params: Any) -> Any:
+    low = jax.lax.convert_element_type(operands[position], params["preferred_element_type"])
+    return matrix.bind(*operands[:position], low, *operands[position + 1 :], **params)
+
+
+def _float32_tangent_aval(*avals: Any, matrix: Any, position: int, **params: Any) -> Any:
+    low = avals[position].update(dtype=params["preferred_element_type"])
+    return matrix.abstract_eval(*avals[:position], low, *avals[position + 1 :], **params)
+
+
+def _float32_tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    parts = [
+        _float32_tangent.bind(*primals[:i], tangent, *primals[i + 1 :], **params)
+        for i, tangent in enumerate(tangents)
+        if not isinstance(tangent, jax.interpreters.ad.Zero)
+    ]
+    return _float32_tangent.bind(*primals, **params), sum(parts[1:], parts[0])
+
+
+def _float32_tangent_transpose(
+    cotangent: Any, *operands: Any, matrix: Any, position: int, **params: Any
+) -> Sequence[Any]:
+    operands_ = list(operands)
+    if isinstance(operands[position], jax.interpreters.ad.UndefinedPrimal):
+        params = {**params, "preferred_element_type": np.dtype(np.float32)}
+    else:
+        operands_[position] = jax.lax.convert_element_type(operands[position], params["preferred_element_type"])
+    return jax.interpreters.ad.get_primitive_transpose(matrix)(cotangent, *operands_, **params)
+
+
+def _float32_tangent_batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, int]:
+    return jax.vmap(functools.partial(_as_low, **params), in_axes=tuple(axes))(*operands), 0
+
+
+_float32_tangent.def_impl(_as_low)
+_float32_tangent.def_effectful_abstract_eval(_float32_tangent_aval)
+jax.interpreters.mlir.register_lowering(
+    _float32_tangent, jax.interpreters.mlir.lower_fun(_as_low, multiple_results=False)
+)
+jax.interpreters.ad.primitive_jvps[_float32_tangent] = _float32_tangent_jvp
+jax.interpreters.ad.primitive_transposes[_float32_tangent] = _float32_tangent_transpose
+jax.interpreters.batching.primitive_batchers[_float32_tangent] = _float32_tangent_batch
 
 
 def abstract(x: Any, row: bool = False, dtype: Any = None) -> jax.ShapeDtypeStruct:

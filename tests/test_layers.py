@@ -22,7 +22,7 @@ ROWS = [
     ["_convert"],
     ["_policy", "_grad", "_autocast._marks", "_autocast._tables", "_autocast._regions"],
     ["_autocast._rules"],
-    ["_autocast._reads", "_autocast._context", "_autocast._softmax"],
+    ["_autocast._reads", "_autocast._context", "_autocast._softmax", "_autocast._weights"],
     ["_autocast._patterns"],
     ["_autocast._decide"],
     ["_autocast._interpreter"],

@@ -57,7 +57,8 @@ def autocast(
 
     Args:
       fn: any function of pytrees, in float32.
-      policy: a policy or its name; its compute dtype counts. Default: `mpjax.default_policy()`.
+      policy: a policy or its name: its compute dtype, and its reduce dtype for sums over devices (`psum`, and the
+        weight gradients that a sharded `jit` adds up). Default: `mpjax.default_policy()`.
       rules: the table. Default: `mpjax.default_rules()`.
       cast_outputs: whether floating results are cast to the policy's output dtype.
 
@@ -96,7 +97,7 @@ def autocast(
         if chosen.compute_dtype == FLOAT32:
             outs = fn(*args, **kwargs)
         else:
-            outs = _call(fn, (args, kwargs), chosen.compute_dtype, table, kept)
+            outs = _call(fn, (args, kwargs), chosen, table, kept)
         return chosen.cast_to_output(outs) if cast_outputs else outs
 
     return wrapped
@@ -144,7 +145,9 @@ def noted(fn: Callable[..., Any], policy: Policy, rules: Rules) -> tuple[Callabl
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         inputs, arrays = _Tree.of((args, kwargs))
-        outs, outputs = _evaluated(Context(policy.compute_dtype, rules, _HIGHER_ORDER, notes=notes), fn, inputs, arrays)
+        outs, outputs = _evaluated(
+            Context(policy.compute_dtype, policy.reduce_dtype, rules, _HIGHER_ORDER, notes=notes), fn, inputs, arrays
+        )
         return outputs.filled(outs)
 
     return wrapped, notes
@@ -162,9 +165,9 @@ def _widened(ctx: Context, jaxpr: Any, consts: list[Any], arrays: Sequence[Any])
     return outs
 
 
-def _call(fn: Callable[..., Any], args: Any, low: Any, rules: Rules, kept: dict[Any, Any]) -> Any:
+def _call(fn: Callable[..., Any], args: Any, policy: Policy, rules: Rules, kept: dict[Any, Any]) -> Any:
     inputs, arrays = _Tree.of(args)
-    ctx = Context(low, rules, _HIGHER_ORDER)
+    ctx = Context(policy.compute_dtype, policy.reduce_dtype, rules, _HIGHER_ORDER)
 
     if any(map(is_staged, arrays)):
         outs, outputs = _evaluated(ctx, fn, inputs, arrays)

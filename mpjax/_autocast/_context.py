@@ -21,6 +21,7 @@ class Context:
 
     Attributes:
       low: the compute dtype.
+      reduce: the dtype in which sums over devices are taken, those of weight gradients too.
       rules: the table.
       higher_order: how primitives that hold functions are evaluated, by name.
       cache: functions already rewritten, by their jaxpr and the marks of their inputs.
@@ -31,6 +32,7 @@ class Context:
     """
 
     low: np.dtype[Any]
+    reduce: np.dtype[Any]
     rules: Rules
     higher_order: dict[str, Callable[..., list[Value]]]
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -48,6 +50,11 @@ class Context:
             exception = self.rules.exception(modules_of(path))
             self.seen[path] = region_of(path) or (exception.region if exception else None)
         return dataclasses.replace(self, path=path, region=self.seen[path])
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether weight gradients stay in float32, as the accumulator has them."""
+        return self.reduce != self.low
 
     @property
     def why_here(self) -> str:

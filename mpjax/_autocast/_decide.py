@@ -10,7 +10,7 @@ from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, reduced_
 from mpjax._autocast._patterns import is_half_of_a_pair, is_shift, is_softmax_input, match_softmax
 from mpjax._autocast._reads import Reads
 from mpjax._autocast._regions import Region
-from mpjax._autocast._tables import Kind
+from mpjax._autocast._tables import COLLECTIVES, Kind
 from mpjax._compat import inner_jaxprs
 from mpjax._dtypes import FLOAT16, FLOAT32
 
@@ -63,6 +63,8 @@ def decide(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
         return Decision(Action.LOW, Mark.LOW, rule.reason)
     if rule.kind is Kind.FULL:
         return Decision(Action.WIDE, full_mark(v.mark for v in ins), rule.reason)
+    if rule.kind is Kind.SUM and name in COLLECTIVES and ctx.reduce == ctx.low:
+        return Decision(Action.LOW, Mark.LOW, f"the policy takes sums over devices in {ctx.low}")
     if rule.kind is Kind.SUM:
         return Decision(Action.WIDE, reduced_mark(v.mark for v in ins), rule.reason)
     return _follow(ctx, eqn, ins, reads, rule.reason)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from mpjax._autocast import _weights
 from mpjax._autocast._context import Context, is_subject, marked
 from mpjax._autocast._decide import Action, Decision, decide, is_never
 from mpjax._autocast._marks import Mark, Value
@@ -60,6 +61,10 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
             softmax = match_softmax(ctx.rules, eqn, reads)
             assert softmax, "decided so because it matches"
             return [Value(softmax(ctx.low), Mark.LOW)]
+        case Action.LOW if ctx.keeps_gradients and eqn.primitive.name == "dot_general" and any(map(_is_weight, ins)):
+            operands = [v.array if _is_weight(v) else ctx.narrow(v) for v in ins]
+            params = {**eqn.params, "preferred_element_type": ctx.low}
+            arrays = [_weights.dot(eqn.primitive, operands, ctx.low, params)]
         case Action.LOW:
             changes = {"preferred_element_type": ctx.low} if "preferred_element_type" in eqn.params else {}
             arrays = bind(eqn, [_narrowed(ctx, v, eqn) for v in ins], **changes)
@@ -75,6 +80,10 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
         Value(array, (decision.mark or Mark.FREE) if is_subject(var.aval) else None, const)
         for array, var in zip(arrays, eqn.outvars, strict=True)
     ]
+
+
+def _is_weight(value: Value) -> bool:
+    return value.mark is Mark.FREE and value.const is None
 
 
 def _narrowed(ctx: Context, value: Value, eqn: Any) -> Any:

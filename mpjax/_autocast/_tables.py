@@ -126,6 +126,9 @@ ROWS = (
     ),
 )
 
+# Sums over devices: taken in the policy's reduce dtype.
+COLLECTIVES = ("psum", "psum_invariant", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter")
+
 _ELEMENTWISE, MOVES = (row.primitives for row in ROWS if row.kind is Kind.FOLLOW)
 
 # What other libraries do differently: rows that replace ours. Sources: torch's autocast_mode.h (CUDA lists),
