@@ -40,3 +40,16 @@ def dtypes_of(primitive, fn, *args):
 def matrix_dtypes(fn, *args):
     """The dtypes of all operands of matrix work."""
     return {dtype for e in trace(fn, *args) if e.primitive.name in MATRIX for dtype in dtypes(e.invars[:2])}
+
+
+def matrix_dtypes_by_axis(size, fn, *args):
+    """The dtypes of all operands of matrix work that has an axis of this size somewhere ("inside"), and that has not.
+
+    Where a region's weights alone have such an axis, so do all its derivatives and nothing else.
+    """
+    found = {"inside": set(), "outside": set()}
+    for e in trace(fn, *args):
+        if e.primitive.name in MATRIX:
+            shapes = [a.aval.shape for a in (*e.invars, *e.outvars)]
+            found["inside" if any(size in s for s in shapes) else "outside"] |= set(dtypes(e.invars[:2]))
+    return found

@@ -66,7 +66,7 @@ def test_dtypes_of_the_products():
         lambda f: lambda w, x: jax.jvp(jax.grad(f), (w, x), (x[:4, :3], x))[1],
         lambda f: lambda w, x: jax.linearize(f, w, x)[1](w, x),
     ],
-    ids=["grad", "remat", "jit", "jacfwd", "reverse of reverse", "hessian", "penalty", "vmap w", "vmap x", "jvp", "lin"],
+    ids=["grad", "remat", "jit", "jacfwd", "twice", "hessian", "penalty", "vmap w", "vmap x", "jvp", "lin"],
 )
 def test_under_transforms(transform):
     got, true = transform(mp.autocast(loss, "mixed_bfloat16"))(W, X), transform(loss)(W, X)
