@@ -5,7 +5,6 @@ The names here are the public API; modules that start with an underscore are not
 
 import importlib
 import importlib.metadata
-from typing import Any
 
 from mpjax import diagnostics as diagnostics
 from mpjax import transforms as transforms
@@ -39,7 +38,7 @@ from mpjax.transforms import unscale as unscale
 __version__ = importlib.metadata.version("mpjax")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # mpjax.nnx imports flax, which `import mpjax` does not.
     if name == "nnx":
         return importlib.import_module("mpjax.nnx")

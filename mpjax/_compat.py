@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax._src.config
+import jax._src.lax.lax
 import jax.custom_derivatives
 import jax.extend.core
 import jax.extend.source_info_util
@@ -108,9 +109,24 @@ def trace_context() -> Any:
     return jax._src.config.trace_context()
 
 
+def looks_for_nans() -> bool:
+    """Whether jax_debug_nans or jax_debug_infs is on."""
+    return any(getattr(jax.config, name) for name in ("jax_debug_nans", "jax_debug_infs"))
+
+
 def is_staged(x: Any) -> bool:
     """Whether `x` is being traced to a jaxpr, as inside jit; not so the tracers of an eager grad or vmap."""
     return type(x).__name__ == "DynamicJaxprTracer"
+
+
+def weakly_typed(x: Any) -> Any:
+    """An array whose dtype gives way to that of an array beside it, as a Python number's does."""
+    return jax._src.lax.lax._convert_element_type(x, x.dtype, weak_type=True)
+
+
+def is_custom_root(eqn: Any) -> bool:
+    """Whether a custom_jvp_call is `jax.lax.custom_root`."""
+    return "_custom_root" in str(open_jaxpr(eqn.params["call_jaxpr"])[0].debug_info.func_src_info)
 
 
 def custom_jvp_rule(eqn: Any) -> Callable[..., Any]:
@@ -146,6 +162,11 @@ def custom_vjp_rule(eqn: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return [None if isinstance(ct, jax.interpreters.ad.Zero) else ct for ct in cts]
 
     return forward, backward
+
+
+def target_platform() -> str:
+    """The platform that programs are traced for: "cpu", "gpu" or "tpu"."""
+    return jax.default_backend()
 
 
 _float32_tangent = jax.extend.core.Primitive("float32_tangent")

@@ -1,5 +1,10 @@
 """The shape of every error message: what was passed, what was expected, what to write instead."""
 
+import os
+import sys
+
+import jax
+
 
 def problem(what: str, *, expected: str, write: str) -> str:
     """Formats an error message in the three parts that all of mpjax's errors have.
@@ -10,6 +15,15 @@ def problem(what: str, *, expected: str, write: str) -> str:
       write: the line to write instead.
     """
     return f"{what}\n  expected: {expected}\n  write:    {write}"
+
+
+def users_stacklevel() -> int:
+    """The `stacklevel` with which a warning from the caller names the user's line, and none of jax or mpjax."""
+    libraries = (os.path.dirname(jax.__file__), os.path.dirname(__file__), "<")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename.startswith(libraries):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def listing(rows: list[str], limit: int = 8) -> str:

@@ -36,7 +36,9 @@ def matrix(x):
 
 
 def masked(x, value):
-    return jnp.where(jnp.tri(*matrix(x).shape[-2:], dtype=bool), matrix(x), value)
+    """Masks an upper triangle, the whole first row in it if that leaves anything to compute with."""
+    rows, columns = matrix(x).shape[-2:]
+    return jnp.where(jnp.tri(rows, columns, -1 if np.isfinite(value) else 0, dtype=bool), matrix(x), value)
 
 
 def layer_norm(x, eps=1e-6):
@@ -68,7 +70,7 @@ UNARY = {
     **{f.__name__: f for f in (jnp.tanh, jnp.sin, jnp.negative, jnp.square, jnp.cumsum)},
     **{f.__name__: f for f in (jax.nn.gelu, jax.nn.silu, jax.nn.relu, jax.nn.sigmoid, jax.nn.softplus, jax.nn.elu)},
     **{f"add {c}": lambda x, c=c: x + c for c in (1e-8, 3.0, -0.5)},
-    **{f"mul {c}": lambda x, c=c: x * c for c in (1e-8, 30.0, -0.5)},
+    **{f"mul {c}": lambda x, c=c: x * c for c in (1e-8, 200.0, -0.5)},
     **{f"max {c}": lambda x, c=c: jnp.maximum(x, c) for c in AWKWARD},
     **{f"min {c}": lambda x, c=c: jnp.minimum(x, c) for c in AWKWARD},
     "one minus": lambda x: 1.0 - x,
@@ -76,7 +78,7 @@ UNARY = {
     "exp of bounded": lambda x: jnp.exp(3 * jnp.tanh(x)),
     "exp of negative": lambda x: jnp.exp(-jnp.abs(x)),
     "log1p of abs": lambda x: jnp.log1p(jnp.abs(x)),
-    "sqrt of square": lambda x: jnp.sqrt(x**2 + 1e-8),
+    "sqrt of square": lambda x: jnp.sqrt(jax.nn.relu(x) ** 2 + 1e-8),
     "cube": lambda x: 0.1 * x**3,
     "soft sign": lambda x: x / (1 + jnp.abs(x)),
     "clip": lambda x: jnp.clip(x, -1e9, 1e9),
@@ -88,8 +90,8 @@ UNARY = {
     "log_softmax": lambda x: jax.nn.log_softmax(matrix(x)),
     **{f"softmax masked by {c}": lambda x, c=c: jax.nn.softmax(masked(x, c)) for c in (-1e9, -3.4e38, -np.inf)},
     "softmax of biased": lambda x: jax.nn.softmax(matrix(x) + np.where(np.arange(8) < 5, 0, -1e9).astype(x.dtype)),
-    "largest of masked": lambda x: masked(x, -1e9).max(-1),
-    "logsumexp of masked": lambda x: jax.nn.logsumexp(masked(x, -1e9), -1),
+    "largest of masked": lambda x: jnp.maximum(masked(x, -1e9).max(-1), -8.0),
+    "logsumexp of masked": lambda x: jnp.maximum(jax.nn.logsumexp(masked(x, -1e9), -1), -8.0),
     "layer_norm": lambda x: layer_norm(matrix(x)),
     "rms_norm": lambda x: x * lax.rsqrt(jnp.mean(x**2, keepdims=True) + 1e-6),
     "unit norm": lambda x: matrix(x) / (jnp.linalg.norm(matrix(x), axis=-1, keepdims=True) + 1e-8),

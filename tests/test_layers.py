@@ -103,7 +103,12 @@ def test_only_cli_imports_flax(path):
     tree = ast.parse((PACKAGE / path).read_text())
     imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
     names = [getattr(n, "module", None) or "" for n in imports] + [a.name for n in imports for a in n.names]
-    assert not any(name.split(".")[0] in ("flax", "matplotlib", "rich", "sklearn") for name in names)
+    found = {name.split(".")[0] for name in names} & {"flax", "matplotlib", "rich", "sklearn"}
+    assert found <= ALLOWED.get(str(path), set())
+
+
+# NNX's own room, which `import mpjax` does not open; a table that rich prints when it is asked to.
+ALLOWED = {"nnx.py": {"flax"}, "diagnostics/_explanation.py": {"rich"}}
 
 
 @pytest.mark.parametrize("module", ["mpjax", "mpjax.cli"])

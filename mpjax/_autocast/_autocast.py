@@ -11,8 +11,9 @@ import numpy as np
 from mpjax._autocast import _custom_rules, _higher_order
 from mpjax._autocast._context import Context, marked
 from mpjax._autocast._interpreter import evaluate
+from mpjax._autocast._regions import modules_of
 from mpjax._autocast._rules import Rules, default_rules
-from mpjax._compat import as_function, is_staged, open_jaxpr, trace_context
+from mpjax._compat import as_function, is_staged, looks_for_nans, open_jaxpr, trace_context, weakly_typed
 from mpjax._dtypes import FLOAT32, is_float8
 from mpjax._errors import problem
 from mpjax._policy import Policy, default_policy, get_policy
@@ -81,15 +82,7 @@ def autocast(
     """
     chosen = default_policy() if policy is None else get_policy(policy)
     table = default_rules() if rules is None else rules
-    if is_float8(chosen.compute_dtype):
-        raise NotImplementedError(
-            problem(
-                f"the policy {chosen} computes in {chosen.compute_dtype}.",
-                expected="a compute dtype of 16 or 32 bits",
-                write='mp.autocast(fn, "mixed_bfloat16")',
-            )
-        )
-
+    check_dtype(chosen)
     kept: dict[Any, Any] = {}
 
     @functools.wraps(fn)
@@ -134,11 +127,24 @@ def _trace(fn: Callable[..., Any], inputs: _Tree, arrays: Sequence[Any]) -> tupl
     return jaxpr, consts, outputs[-1]
 
 
+def check_dtype(policy: Policy) -> None:
+    """Raises an error if autocast does not compute in a policy's dtype."""
+    if is_float8(policy.compute_dtype):
+        raise NotImplementedError(
+            problem(
+                f"the policy {policy} computes in {policy.compute_dtype}.",
+                expected="a compute dtype of 16 or 32 bits",
+                write='mp.autocast(fn, "mixed_bfloat16")',
+            )
+        )
+
+
 def noted(fn: Callable[..., Any], policy: Policy, rules: Rules) -> tuple[Callable[..., Any], list[Any]]:
     """`fn` under autocast, and a list that each call fills with equations and what was decided for them.
 
     The rewritten equations carry the number of their note in a name scope.
     """
+    check_dtype(policy)
     notes: list[Any] = []
     if policy.compute_dtype == FLOAT32:
         return fn, notes
@@ -161,15 +167,17 @@ def _evaluated(ctx: Context, fn: Callable[..., Any], inputs: _Tree, arrays: Sequ
 def _widened(ctx: Context, jaxpr: Any, consts: list[Any], arrays: Sequence[Any]) -> list[Any]:
     ins = [marked(x, var.aval) for x, var in zip(arrays, jaxpr.invars, strict=True)]
     outs = [ctx.widen(value) for value in evaluate(ctx, jaxpr, consts, ins)]
-    ctx.rules.warn_of_unused(ctx.seen)
-    return outs
+    ctx.rules.warn_of_unused({modules_of(path) for path in ctx.seen})
+    weak = [getattr(var.aval, "weak_type", False) for var in jaxpr.outvars]
+    return [weakly_typed(x) if w and not jax.typeof(x).weak_type else x for x, w in zip(outs, weak, strict=True)]
 
 
 def _call(fn: Callable[..., Any], args: Any, policy: Policy, rules: Rules, kept: dict[Any, Any]) -> Any:
     inputs, arrays = _Tree.of(args)
     ctx = Context(policy.compute_dtype, policy.reduce_dtype, rules, _HIGHER_ORDER)
 
-    if any(map(is_staged, arrays)):
+    # JAX looks for NaNs where an equation is bound, and not where a kept program is evaluated.
+    if looks_for_nans() or any(map(is_staged, arrays)):
         outs, outputs = _evaluated(ctx, fn, inputs, arrays)
         return outputs.filled(outs)
     # Eager: the rewritten function is kept as jit would keep it, so that its loops are not compiled at each call.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax import _compat
 from mpjax._autocast._marks import Mark, Value
 from mpjax._autocast._regions import Region, modules_of, region_of
 from mpjax._autocast._rules import Rules
@@ -27,6 +28,7 @@ class Context:
       cache: functions already rewritten, by their jaxpr and the marks of their inputs.
       path: the name scopes of the equation that is being evaluated.
       region: the region that the path lies in.
+      forced: the region that holds where the path lies in none, and why.
       seen: the regions of all paths so far.
       notes: each equation with what was decided for it, if that is to be explained.
     """
@@ -38,6 +40,7 @@ class Context:
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
     path: tuple[str, ...] = ()
     region: Region | None = None
+    forced: tuple[Region, str] | None = None
     seen: dict[tuple[str, ...], Region | None] = dataclasses.field(default_factory=dict)
     notes: list[Any] | None = None
 
@@ -49,12 +52,19 @@ class Context:
         if path not in self.seen:
             exception = self.rules.exception(modules_of(path))
             self.seen[path] = region_of(path) or (exception.region if exception else None)
-        return dataclasses.replace(self, path=path, region=self.seen[path])
+        return dataclasses.replace(self, path=path, region=self.seen[path] or (self.forced and self.forced[0]))
+
+    def in_float32(self, reason: str) -> "Context":
+        """The same, in float32 where no region says otherwise."""
+        return dataclasses.replace(self, region=self.region or Region.FULL, forced=(Region.FULL, reason))
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether weight gradients stay in float32, as the accumulator has them."""
-        return self.reduce != self.low
+        """Whether weight gradients stay in float32, as the accumulator has them.
+
+        Not on CPUs, where XLA has no such product: BF16 x BF16 = F32 fails as it runs.
+        """
+        return self.reduce != self.low and _compat.target_platform() != "cpu"
 
     @property
     def why_here(self) -> str:
@@ -63,7 +73,7 @@ class Context:
         if inside:
             return f"inside {inside.value}"
         exception = self.rules.exception(modules_of(self.path))
-        return exception.reason if exception else "in no region"
+        return exception.reason if exception else self.forced[1] if self.forced else "in no region"
 
     def narrow(self, value: Value) -> Any:
         """The array in the compute dtype."""

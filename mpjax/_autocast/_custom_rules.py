@@ -13,13 +13,15 @@ from mpjax._autocast._higher_order import rewrite, with_marks
 from mpjax._autocast._interpreter import evaluate
 from mpjax._autocast._marks import Mark, Value, boundary_mark
 from mpjax._autocast._reads import Reads
-from mpjax._compat import abstract, bind, custom_jvp_rule, custom_vjp_rule, open_jaxpr
+from mpjax._compat import abstract, bind, custom_jvp_rule, custom_vjp_rule, is_custom_root, open_jaxpr
 from mpjax._dtypes import FLOAT32
 
 
 def custom_jvp(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
     """`jax.custom_jvp`: primal and rule are both evaluated in mixed precision."""
     del reads
+    if is_custom_root(eqn):
+        ctx = ctx.in_float32("a root that is solved for: 16 bits stall at their rounding")
     ins = [ctx.cast(v, boundary_mark(v.mark)) for v in ins]
     _, marks = rewrite(ctx, eqn.params["call_jaxpr"], ins)
     rule = custom_jvp_rule(eqn)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from mpjax._autocast._context import Context
+from mpjax._autocast._context import Context, is_subject
 from mpjax._autocast._interpreter import evaluate
 from mpjax._autocast._marks import Mark, Value, boundary_mark, join_marks
 from mpjax._autocast._reads import Reads
@@ -32,7 +32,7 @@ def rewrite(
       boundary: what becomes of a result's own mark.
     """
     avals = tuple(v.array if isinstance(v.array, jax.ShapeDtypeStruct) else abstract(v.array) for v in ins)
-    where = ctx.path if ctx.rules.paths else ctx.region
+    where = (ctx.path if ctx.rules.paths else None, ctx.region, ctx.forced)
     marked = tuple((v.mark, v.const) for v in ins)
     key = (id(jaxpr), avals, marked, None if targets is None else tuple(targets), boundary is boundary_mark, where)
     if key in ctx.cache:
@@ -112,6 +112,8 @@ def while_loop(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[V
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_consts, body_consts, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
     body = eqn.params["body_jaxpr"]
+    if _reads_floats(eqn.params["cond_jaxpr"], n_cond):
+        ctx = ctx.in_float32("a loop whose condition reads a float: 16 bits may never reach its tolerance")
     accumulates = accumulators(open_jaxpr(body)[0], n_body, len(carry))
     carry = [_carried(ctx, v, full) for v, full in zip(carry, accumulates, strict=True)]
     while True:
@@ -147,6 +149,13 @@ def shard_map(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Va
         check_vma=eqn.params["check_vma"],
     )
     return with_marks(mapped(*_arrays(ins)), marks)
+
+
+def _reads_floats(cond: Any, n_consts: int) -> bool:
+    """Whether a loop's condition depends on a float of the carry."""
+    jaxpr, _ = open_jaxpr(cond)
+    read = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not is_literal(atom)}
+    return any(is_subject(var.aval) and var in read for var in jaxpr.invars[n_consts:])
 
 
 # Arithmetic that keeps a running sum a running sum: c + x, a * c + x, and what only moves c.

@@ -15,6 +15,7 @@ from mpjax._autocast._reads import Reads
 from mpjax._autocast._softmax import saturated
 from mpjax._autocast._tables import Kind
 from mpjax._compat import bind, equation_context, inner_jaxprs, is_literal, name_scopes, source_line
+from mpjax._errors import users_stacklevel
 
 
 def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
@@ -31,14 +32,18 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Val
         ins = [read(atom) for atom in eqn.invars]
         here = ctx.inside(name_scopes(eqn))
         decision = decide(here, eqn, ins, reads)
-        with equation_context(eqn):
-            if ctx.notes is None:
-                outs = _apply(here, decision, eqn, ins, reads)
-            else:
-                # The rewritten program carries the number of its note, through every transformation.
-                ctx.notes.append((eqn, decision))
-                with jax.named_scope(f"{NOTE}{len(ctx.notes) - 1}"):
+        try:
+            with equation_context(eqn):
+                if ctx.notes is None:
                     outs = _apply(here, decision, eqn, ins, reads)
+                else:
+                    # The rewritten program carries the number of its note, through every transformation.
+                    ctx.notes.append((eqn, decision))
+                    with jax.named_scope(f"{NOTE}{len(ctx.notes) - 1}"):
+                        outs = _apply(here, decision, eqn, ins, reads)
+        except FloatingPointError as error:  # jax_debug_nans, whose traceback ends in here
+            error.add_note(f"in {eqn.primitive.name} at {source_line(eqn)}")
+            raise
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -116,6 +121,6 @@ def _report_unentered(ctx: Context, eqn: Any) -> None:
                     f"autocast leaves {eqn.primitive.name}{line and f' at {line}'} as written: "
                     f"its {inner.primitive.name} stays float32",
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=users_stacklevel(),
                 )
                 return

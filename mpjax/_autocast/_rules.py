@@ -10,7 +10,7 @@ from typing import Any
 
 from mpjax._autocast._regions import Region
 from mpjax._autocast._tables import PRESETS, ROWS, Kind
-from mpjax._errors import listing, problem
+from mpjax._errors import listing, problem, users_stacklevel
 from mpjax._overrides import check_pattern
 
 
@@ -156,7 +156,7 @@ class Rules:
                     write="r'.*norm.*', with .* on both sides; jax.named_scope gives a path where a library gives none",
                 ),
                 UserWarning,
-                stacklevel=6,
+                stacklevel=users_stacklevel(),
             )
 
 

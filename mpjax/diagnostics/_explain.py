@@ -119,9 +119,10 @@ def _read(jaxpr: Any, notes: list[Any], rules: Rules, policy: str, under: Callab
     casts: dict[Any, int] = defaultdict(int)
     unentered: dict[Any, None] = {}
     moved: dict[str, int] = defaultdict(int)
+    without = "made by a transformation outside of autocast" if notes else "the policy computes in float32: as written"
     for eqn, path, note, times in _walk(jaxpr, notes):
         name, line = eqn.primitive.name, source_line(eqn)
-        if note and _was_left(*note, rules):
+        if note and eqn.primitive is note[0].primitive and _was_left(*note, rules):
             unentered[NotEntered(note[0].primitive.name, path, line, note[1].reason)] = None
         if not _is_operation(eqn):
             continue
@@ -129,7 +130,7 @@ def _read(jaxpr: Any, notes: list[Any], rules: Rules, policy: str, under: Callab
         if name == "convert_element_type" and not (note and note[0].primitive.name == name):
             casts[path, line, inputs[0], outputs[0]] += times
             continue
-        reason = note[1].reason if note else "made by a transformation outside of autocast"
+        reason = note[1].reason if note else without
         mark = note[1].mark.name if note and note[1].mark else ""
         direction = "backward" if is_backward(eqn) else "forward"
         group = operations[path, line, name, direction, inputs, outputs, mark, reason]

@@ -110,7 +110,9 @@ class Explanation:
         for place in dict.fromkeys((*mine, *theirs)):
             before, after = mine.get(place, {}), theirs.get(place, {})
             if set(before) != set(after):
-                reason = "; ".join(dict.fromkeys((after or before).values()))
+                # The reason is a rule's, which the side in float32 alone has none of.
+                ruled = after if len(other.flops) > 1 or not before else before
+                reason = "; ".join(dict.fromkeys((ruled or before or after).values()))
                 found.append(Difference(*place, " + ".join(sorted(before)), " + ".join(sorted(after)), reason))
         return tuple(found)
 

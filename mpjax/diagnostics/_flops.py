@@ -20,7 +20,10 @@ def flops(eqn: Any) -> int:
     if name in ("dot_general", "ragged_dot_general"):
         numbers = eqn.params.get("dimension_numbers", eqn.params.get("ragged_dot_dimension_numbers"))
         (contracted, _), _ = getattr(numbers, "dot_dimension_numbers", numbers)
-        return 2 * results * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        work = 2 * results * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        # Where the ragged dimension is summed over, each row goes into one group.
+        ragged = set(getattr(numbers, "lhs_ragged_dimensions", ())) & set(contracted)
+        return work // eqn.invars[2].aval.shape[-1] if ragged else work
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
