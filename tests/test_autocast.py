@@ -172,8 +172,10 @@ def test_autocast_of_a_gradient(case):
     np.testing.assert_allclose(cast(X, W), true, rtol=0.1, atol=0.05 * float(jnp.abs(true).max()))
 
 
-def test_softmax_before_matrix_work_is_kept_once_in_low_precision():
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_softmax_before_matrix_work_is_kept_once_in_low_precision(platform, monkeypatch):
     """Its float32 exponentials would be kept for the backward pass beside the probabilities."""
+    monkeypatch.setattr("mpjax._compat.target_platform", lambda: platform)
 
     def attention(q, k, v):
         scores = jnp.where(jnp.tri(len(q), dtype=bool), q @ k.T, -1e9)

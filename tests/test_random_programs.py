@@ -245,17 +245,17 @@ class TestShortSearch:
 
 @pytest.mark.slow
 class TestLongSearch:
-    @settings(250)
+    @settings(120)
     @hypothesis.given(programs.programs(7, 2))
     def test_gradients(self, program):
         check(program, with_gradients)
 
-    @settings(50)
+    @settings(30)
     @hypothesis.given(programs.programs(7, 2, without=programs.REVERSE_ONLY))
     def test_tangents(self, program):
         check(program, with_tangents)
 
-    @settings(25)
+    @settings(12)
     @hypothesis.given(programs.programs(5, 2))
     def test_compiled(self, program):
         check(program, with_gradients, by_jax=True)

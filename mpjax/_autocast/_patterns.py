@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from mpjax import _compat
 from mpjax._autocast._reads import Reads
 from mpjax._autocast._rules import Rules
 from mpjax._autocast._softmax import probabilities
@@ -40,7 +41,8 @@ def match_softmax(rules: Rules, eqn: Any, reads: Reads) -> Callable[[Any], Any] 
         return None
     shift = reads.made_by(exp.invars[0], "sub")
     logits = shift.invars[0] if shift is not None and is_shift(shift, reads) else exp.invars[0]
-    return lambda dtype: probabilities(reads.values[logits].array, axes, dtype)
+    on_tpu = _compat.target_platform() == "tpu"
+    return lambda dtype: probabilities(reads.values[logits].array, axes, dtype, on_tpu)
 
 
 def is_softmax_input(eqn: Any, reads: Reads) -> bool:
