@@ -100,7 +100,7 @@ def is_backward(eqn: Any) -> bool:
 
 
 def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
-    """The function of flat lists that evaluates a closed jaxpr, equation by equation."""
+    """The function of flat lists that a closed jaxpr stands for."""
     return jax.extend.core.jaxpr_as_fun(jaxpr)
 
 

@@ -50,8 +50,13 @@ def autocast(
     convolutions in the compute dtype; exponentials, logarithms, sums, statistics and losses in float32; what is
     between them in the precision of its inputs. It composes both ways with `grad`, `jit`, `vmap`, `scan`,
     `remat` and `shard_map`. `jit`, `scan`, `while`, `cond`, `checkpoint`, `shard_map`, `custom_jvp` and
-    `custom_vjp` are entered; running sums in loop carries stay float32. Kernels and callbacks are left as written,
-    with a warning where they hold matrix work.
+    `custom_vjp` are entered; running sums in loop carries stay float32, and so does a loop whose condition reads a
+    float: 16 bits may never reach its tolerance. Kernels and callbacks are left as written, with a warning where they
+    hold matrix work.
+
+    On GPUs and TPUs the weight gradients of dots are float32 as the accumulator has them, and are added up so over the
+    devices of a sharded `jit`, unless the policy's reduce dtype is the compute dtype. Those of convolutions are not:
+    cuDNN has no such convolution.
 
     What the user decided stays: float64, complex, integer and fp8 values, values that are in half precision
     already, explicit casts and accumulation dtypes.
