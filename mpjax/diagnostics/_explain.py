@@ -44,7 +44,7 @@ def explain(
     ...     return jnp.mean(jnp.tanh(x @ w) ** 2)
     >>> found = mp.explain(loss_fn, "mixed_bfloat16")(jnp.ones((4, 4)), jnp.ones((8, 4)))
     >>> [(row.primitive, *row.inputs[:1], row.mark) for row in found.operations][:2]
-    [('dot_general', 'bfloat16', 'LOW'), ('tanh', 'bfloat16', 'NORMED')]
+    [('dot_general', 'bfloat16', 'LOW'), ('tanh', 'float32', 'NORMED')]
     >>> found.flops["bfloat16"]
     256
     """
