@@ -44,3 +44,15 @@ def run(state, sequence):
         state = step(state, jnp.asarray(symbol == "."))
         history.append(int(np.log2(float(state.loss_scale))))
     return history, state
+
+
+def total(fn):
+    """The mean square of what a function returns, to differentiate."""
+    return lambda *args: (fn(*args) ** 2).mean()
+
+
+def close(got, true, rel=0.04):
+    """Within a share of the largest true value."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=rel * float(jnp.abs(b).max()))

@@ -1,7 +1,5 @@
 """Autocast: dtypes and values of the rewritten programs, forward and backward."""
 
-import collections
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,31 +7,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
+from jaxprs import census, equations, matrix_dtypes
 
 import mpjax as mp
 from mpjax._autocast._tables import ROWS, Kind
-from mpjax._compat import inner_jaxprs, open_jaxpr
-
-MATRIX = ("dot_general", "conv_general_dilated")
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in inner_jaxprs(eqn):
-            yield from equations(inner)
-
-
-def census(fn, *args):
-    """How often each primitive occurs with each dtype of its first operand."""
-    jaxpr, _ = open_jaxpr(jax.make_jaxpr(fn)(*args))
-    return collections.Counter(
-        (e.primitive.name, str(getattr(e.invars[0].aval, "dtype", ""))) for e in equations(jaxpr) if e.invars
-    )
-
-
-def matrix_dtypes(fn, *args):
-    return {dtype for name, dtype in census(fn, *args) if name in MATRIX}
+from mpjax._compat import open_jaxpr
 
 
 def gradients(fn, *args):

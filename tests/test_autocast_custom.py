@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import bits
+from helpers import bits, close, total
 from jax.custom_derivatives import SymbolicZero
 from jaxprs import census, dtypes_of, matrix_dtypes, matrix_dtypes_by_axis, trace
 from zoo_case import jit
@@ -239,17 +239,6 @@ AROUND = {
     "vmap": lambda fn: lambda x, w: jax.vmap(fn, in_axes=(0, None))(jnp.stack([x, 2 * x]), w).sum(0),
     "cond": lambda fn: lambda x, w: jax.lax.cond(x[0, 0] > -9, fn, lambda x, w: x, x @ w, w),
 }
-
-
-def total(fn):
-    return lambda *args: (fn(*args) ** 2).mean()
-
-
-def close(got, true, rel=0.04):
-    """Within a share of the largest true value."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, atol=rel * float(jnp.abs(b).max()))
 
 
 EVERYWHERE = ("custom_jvp", "custom_vjp", "custom_vjp, optimize_remat", "both")

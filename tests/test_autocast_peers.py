@@ -12,9 +12,10 @@ import optax
 import pytest
 from helpers import bits
 from jax import lax
+from jaxprs import census, dtypes_of, equations
 
 import mpjax as mp
-from mpjax._compat import inner_jaxprs, open_jaxpr
+from mpjax._compat import open_jaxpr
 
 # optax's losses promote as JAX does by default.
 pytestmark = pytest.mark.standard_promotion
@@ -30,23 +31,6 @@ Y = jax.random.uniform(K[2], (4, 4), minval=0.1, maxval=0.9)
 
 def trace(fn, *args):
     return open_jaxpr(jax.make_jaxpr(fn)(*args))[0]
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in inner_jaxprs(eqn):
-            yield from equations(inner)
-
-
-def census(fn, *args):
-    """How often each primitive occurs with each dtype of its first operand."""
-    found = (e for e in equations(trace(fn, *args)) if e.invars)
-    return collections.Counter((e.primitive.name, str(getattr(e.invars[0].aval, "dtype", ""))) for e in found)
-
-
-def dtypes_of(primitive, fn, *args):
-    return {dtype for name, dtype in census(fn, *args) if name == primitive}
 
 
 def casts(fn, *args):

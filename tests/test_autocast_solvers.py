@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import bits
+from helpers import bits, close, total
 from jax.experimental import pallas as pl
 from jaxprs import dtypes, dtypes_of, matrix_dtypes, trace
 from zoo_case import jit
@@ -20,17 +20,6 @@ W = jax.random.normal(K[1], (4, 4)) * 0.5
 
 def cast(fn, policy="mixed_bfloat16"):
     return mp.autocast(fn, policy)
-
-
-def total(fn):
-    return lambda *args: (fn(*args) ** 2).mean()
-
-
-def close(got, true, rel=0.04):
-    """Within a share of the largest true value."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, atol=rel * float(jnp.abs(b).max()))
 
 
 class TestCustomVmap:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from jaxprs import trace
 
 import mpjax as mp
-from mpjax._compat import inner_jaxprs, open_jaxpr
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +24,7 @@ W = jax.random.normal(K[1], (4, 3))
 
 def outputs(fn, primitive, *args):
     """The dtypes of the results of a primitive."""
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == primitive:
-                yield str(eqn.outvars[0].aval.dtype)
-            for inner in inner_jaxprs(eqn):
-                yield from walk(inner)
-
-    return list(walk(open_jaxpr(jax.make_jaxpr(fn)(*args))[0]))
+    return [str(eqn.outvars[0].aval.dtype) for eqn in trace(fn, *args) if eqn.primitive.name == primitive]
 
 
 def loss(w, x):

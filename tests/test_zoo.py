@@ -13,10 +13,10 @@ import zoo_nnx
 import zoo_other
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import trace
 from zoo_case import ROWS, jit
 
 import mpjax as mp
-from mpjax._compat import inner_jaxprs, open_jaxpr
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -81,18 +81,10 @@ def assert_close(case, got, expected):
     assert relative(gradients, true_gradients) <= case.gradient_bound
 
 
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in inner_jaxprs(eqn):
-            yield from equations(inner)
-
-
 def matrix_work(fn, *args):
     """How often each matrix primitive occurs with each set of floating operand dtypes."""
-    jaxpr, _ = open_jaxpr(jax.make_jaxpr(fn)(*args))
     found = collections.Counter()
-    for eqn in equations(jaxpr):
+    for eqn in trace(fn, *args):
         if eqn.primitive.name.startswith(MATRIX):
             dtypes = {str(v.aval.dtype) for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
             found[eqn.primitive.name, tuple(sorted(dtypes))] += 1
