@@ -30,7 +30,7 @@ ROWS = [
     ["_autocast._custom_rules"],
     ["_autocast._autocast"],
     ["_autocast"],
-    ["transforms._norm"],
+    ["transforms._norm", "transforms._stored", "transforms._rounding"],
     ["transforms._skip_on_overflow"],
     ["transforms._loss_scaled"],
     ["transforms", "diagnostics._explanation", "diagnostics._flops"],

@@ -8,3 +8,4 @@ from mpjax.transforms._norm import clip_by_global_norm as clip_by_global_norm
 from mpjax.transforms._norm import global_norm as global_norm
 from mpjax.transforms._skip_on_overflow import SkipOnOverflowState as SkipOnOverflowState
 from mpjax.transforms._skip_on_overflow import skip_on_overflow as skip_on_overflow
+from mpjax.transforms._stored import apply_updates as apply_updates

@@ -13,6 +13,7 @@ from mpjax._loss_scale import LossScale
 from mpjax._tree import all_finite, check_same_structure, is_inexact_leaf, path_name, widen
 from mpjax._typing import Scalar, Tree
 from mpjax.transforms._norm import global_norm
+from mpjax.transforms._stored import as_seen_by
 
 
 class SkipOnOverflowState(NamedTuple):
@@ -52,8 +53,9 @@ def skip_on_overflow(
     float32's range (1.8e19) are therefore skipped too: their squares would make any second moment inf for good.
 
     The inner transform sees float32: half-precision gradients and parameters are widened, and so its state is
-    made in float32 and keeps its dtypes. It does not see parameters without a gradient (integers, booleans, PRNG
-    keys, functions, `None`), as if it were wrapped in `optax.masked`.
+    made in float32 and keeps its dtypes. (Those of mpjax that have to know how parameters are stored, such as
+    `mpjax.transforms.master_weights`, see them so.) It does not see parameters without a gradient (integers,
+    booleans, PRNG keys, functions, `None`), as if it were wrapped in `optax.masked`.
 
     What is outside does see the -0.0 of a skipped step: put the wrapper around `optax.chain` and `optax.MultiSteps`,
     not into them. `MultiSteps` keeps a NaN in its accumulator for good, and whatever comes first in a chain gets
@@ -81,7 +83,7 @@ def skip_on_overflow(
     inner = _as_transform(inner)
 
     def init(params: Tree) -> SkipOnOverflowState:
-        inner_state = jax.tree.map(_strongly_typed, inner.init(widen(_visible(params))))
+        inner_state = jax.tree.map(_strongly_typed, inner.init(as_seen_by(inner, _visible(params))))
         if any(isinstance(x, LossScale) for x in jax.tree.leaves(inner_state, is_leaf=_is_loss_scale)):
             raise ValueError(
                 problem(
@@ -98,7 +100,7 @@ def skip_on_overflow(
     ) -> tuple[Tree, SkipOnOverflowState]:
         check_state(state, SkipOnOverflowState)
         grads = widen(_visible(updates))
-        weights = None if params is None else widen(_visible(params))
+        weights = None if params is None else as_seen_by(inner, _visible(params))
         if weights is not None:
             _check_alike(grads, weights)
         finite = jnp.isfinite(global_norm(grads))

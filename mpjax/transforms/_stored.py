@@ -1,0 +1,70 @@
+"""Parameters stored in half precision: what a transform sees of them, and how its updates hit the value it means."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax._dtypes import FLOAT32, is_float8
+from mpjax._tree import is_inexact_leaf, widen
+from mpjax._typing import T, Tree
+
+
+class StoredTransform(optax.GradientTransformationExtraArgs):
+    """A transform that has to know in which dtypes the parameters are stored.
+
+    `loss_scaled` and `skip_on_overflow` hand parameters to any other inner transform in float32. Inside
+    `optax.chain` the type is lost: put such a transform directly into the wrapper, around the chain.
+    """
+
+
+def as_seen_by(inner: optax.GradientTransformation, params: T) -> T:
+    """The parameters as `inner` is to see them: as stored, or in float32."""
+    return params if isinstance(inner, StoredTransform) else widen(params)
+
+
+def update_to(old: Any, new: Any) -> jax.Array:
+    """The float32 update that takes a stored parameter exactly to `new`: `apply_updates` rounds `old + update` to it.
+
+    Where nothing changes it is -0.0, which leaves -0.0 as it is.
+
+    The difference of the two is exact, or far below the rounding of the dtype, as long as `new` was rounded from
+    `w + step` with `w` a float32 that rounds to `old` and `step` float32: what cancels is then on the grid of the two.
+
+    Args:
+      old: the parameter, float16 or bfloat16.
+      new: a value of its dtype.
+    """
+    wide_old, wide_new = (jnp.asarray(x).astype(FLOAT32) for x in (old, new))
+    same = jax.lax.bitcast_convert_type(wide_old, jnp.int32) == jax.lax.bitcast_convert_type(wide_new, jnp.int32)
+    return jnp.where(same, jnp.float32(-0.0), wide_new - wide_old)
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Like `optax.apply_updates`, with the addition in float32 for every dtype, fp8 included.
+
+    optax's own relies on JAX's implicit promotion of half-precision parameters beside float32 updates, which
+    `jax.numpy_dtype_promotion("strict")` refuses, and which fp8 parameters do not have.
+
+    Args:
+      params: any pytree; leaves keep their dtypes. `None` and leaves without a gradient stay as they are.
+      updates: a tree of the same structure.
+
+    Returns:
+      The new parameters.
+
+    >>> import jax.numpy as jnp, mpjax as mp
+    >>> mp.transforms.apply_updates({"w": jnp.bfloat16(1)}, {"w": jnp.float32(0.5)})
+    {'w': Array(1.5, dtype=bfloat16)}
+    """
+
+    def one(param: Any, update: Any) -> Any:
+        if not is_inexact_leaf(param):
+            return param
+        param, update = jnp.asarray(param), jnp.asarray(update)
+        dtype = param.dtype
+        wide = [x.astype(FLOAT32) if is_float8(x.dtype) else x for x in widen([param, update])]
+        return (wide[0] + wide[1]).astype(dtype)
+
+    return jax.tree.map(one, params, updates, is_leaf=lambda x: x is None)
