@@ -11,7 +11,7 @@ from mpjax._tree import is_inexact_leaf, widen
 from mpjax._typing import T, Tree
 
 
-class StoredTransform(optax.GradientTransformationExtraArgs):
+class StoredTransform(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # optax has no types here
     """A transform that has to know in which dtypes the parameters are stored.
 
     `loss_scaled` and `skip_on_overflow` hand parameters to any other inner transform in float32. Inside
