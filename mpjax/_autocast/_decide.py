@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from mpjax._autocast._ahead import feeds_matrix_work
 from mpjax._autocast._context import Context
 from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, reduced_mark
-from mpjax._autocast._patterns import is_half_of_a_pair, is_shift, is_softmax_input, match_softmax
+from mpjax._autocast._patterns import is_half_of_a_pair, is_lookup, is_shift, is_softmax_input, match_softmax
 from mpjax._autocast._reads import Reads
 from mpjax._autocast._regions import Region
 from mpjax._autocast._tables import COLLECTIVES, Kind
@@ -24,6 +25,7 @@ class Action(enum.Enum):
     DROP = "not at all: it hands its input on"
     ENTER = "its body rewritten"
     SOFTMAX = "as a softmax that is kept in the compute dtype"
+    NARROW = "as it is, the result cast to the compute dtype"
     SATURATE = "in float32, the result brought into the range of the compute dtype"
 
 
@@ -46,6 +48,8 @@ def decide(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
     name = eqn.primitive.name
     if ctx.region is Region.KEEP:
         return Decision(Action.WIDE, Mark.FREE, ctx.why_here)
+    if ctx.region is None and _is_embedding(ctx, eqn, ins, reads):
+        return Decision(Action.NARROW, Mark.LOW, "rows of a table that matrix work reads in the end: an activation")
     if name in ctx.higher_order:
         return Decision(Action.ENTER, None, "entered: its body is rewritten")
     rule = ctx.rules.of(name)
@@ -84,6 +88,8 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
     mark = follow_mark(v.mark for v in ins)
     if mark is Mark.FULL and match_softmax(ctx.rules, eqn, reads):
         return Decision(Action.SOFTMAX, Mark.LOW, "a softmax that matrix work reads: float32 inside, kept in 16 bits")
+    if mark is Mark.FULL and _is_residual_sum(ctx, eqn, ins, reads):
+        return Decision(Action.NARROW, Mark.LOW, "a sum with an activation that matrix work reads in the end")
     if mark not in (Mark.LOW, Mark.NORMED):
         return Decision(Action.WIDE, mark, f"{reason}, and these are float32")
     if is_shift(eqn, reads):
@@ -104,6 +110,18 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
     if any(v.mark is Mark.FREE and v.const is None for v in ins) and is_softmax_input(eqn, reads):
         return Decision(Action.SATURATE, Mark.LOW, "a softmax reads it: a mask must not become infinite in 16 bits")
     return Decision(Action.LOW, Mark.LOW, reason)
+
+
+def _is_embedding(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:
+    return is_lookup(eqn) and follow_mark(v.mark for v in ins) is Mark.FREE and feeds_matrix_work(ctx.rules, eqn, reads)
+
+
+def _is_residual_sum(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:
+    return (
+        eqn.primitive.name == "add"
+        and any(v.mark in (Mark.LOW, Mark.NORMED) for v in ins)
+        and feeds_matrix_work(ctx.rules, eqn, reads)
+    )
 
 
 def is_never(eqn: Any) -> str | None:

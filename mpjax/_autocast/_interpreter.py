@@ -73,6 +73,12 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
         case Action.LOW:
             changes = {"preferred_element_type": ctx.low} if "preferred_element_type" in eqn.params else {}
             arrays = bind(eqn, [_narrowed(ctx, v, eqn) for v in ins], **changes)
+        case Action.NARROW:
+            if enter := ctx.higher_order.get(eqn.primitive.name):
+                outs = enter(ctx, eqn, ins, reads)
+            else:
+                outs = [Value(array, Mark.FREE) for array in bind(eqn, [ctx.widen(v) for v in ins])]
+            return [ctx.cast(value, Mark.LOW if value.mark else None) for value in outs]
         case Action.SATURATE:
             arrays = [saturated(x, ctx.low) for x in bind(eqn, [ctx.widen(v) for v in ins])]
         case Action.WIDE:

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mpjax import _compat
+from mpjax._autocast._context import is_subject
 from mpjax._autocast._reads import Reads
 from mpjax._autocast._rules import Rules
 from mpjax._autocast._softmax import probabilities
 from mpjax._autocast._tables import Kind
-from mpjax._compat import is_literal
+from mpjax._compat import inner_jaxprs, is_literal
 
 # What may lie between a softmax and the matrix work that reads it: dropout, and moving values about.
 _BETWEEN = ("mul", "div", "select_n", "transpose", "reshape", "broadcast_in_dim", "squeeze")
@@ -65,3 +66,12 @@ def is_half_of_a_pair(eqn: Any, reads: Reads) -> bool:
         and r.params["start_indices"] != eqn.params["start_indices"]
         for r in reads.readers.get(eqn.invars[0], [])
     )
+
+
+def is_lookup(eqn: Any) -> bool:
+    """Recognises rows taken from a table, `table[tokens]` or `jnp.take`, as an embedding does."""
+    if eqn.primitive.name != "jit":
+        return eqn.primitive.name == "gather"
+    inner = [e for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns]
+    makers = [e for e in inner if any(is_subject(var.aval) for var in e.outvars)]
+    return bool(makers) and all(map(is_lookup, makers))

@@ -1,0 +1,164 @@
+"""What starts a residual stream: embeddings, their normalisation and positions do not widen it to float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxprs import dtypes, trace
+from zoo_case import jit
+
+import mpjax as mp
+
+ROWS, LENGTH, WIDTH, WORDS, LAYERS = 2, 5, 8, 11, 3
+TOKENS = jnp.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % WORDS
+PARAMS = {
+    "table": 0.3 * jax.random.normal(jax.random.key(0), (WORDS, WIDTH)),
+    "positions": 0.1 * jax.random.normal(jax.random.key(1), (LENGTH, WIDTH)),
+    "layers": 0.3 * jax.random.normal(jax.random.key(2), (LAYERS, WIDTH, WIDTH)),
+}
+
+
+def norm(x):
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + jnp.float32(1e-6))
+
+
+def two_moments(x):
+    """As Flax does it: the variance from the mean of squares."""
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.maximum((x * x).mean(-1, keepdims=True) - mean * mean, jnp.float32(0))
+    return (x - mean) * jax.lax.rsqrt(variance + jnp.float32(1e-6))
+
+
+def embedded(params):
+    return params["table"][TOKENS]
+
+
+def taken(params):
+    return jnp.take(params["table"], TOKENS, axis=0) * jnp.float32(WIDTH**0.5)
+
+
+def learned_positions(params):
+    return embedded(params) + params["positions"]
+
+
+def normalised(params):
+    return norm(learned_positions(params))
+
+
+def normalised_by_two_moments(params):
+    return two_moments(embedded(params))
+
+
+def sinusoidal(params):
+    angles = jnp.outer(jnp.arange(LENGTH, dtype=jnp.float32), jnp.logspace(0.0, -2.0, WIDTH, dtype=jnp.float32))
+    return embedded(params) + jnp.sin(angles)
+
+
+def unrolled(layer, x, weights):
+    for w in weights:
+        x = layer(x, w)
+    return x
+
+
+def scanned(layer, x, weights):
+    return jax.lax.scan(lambda x, w: (layer(x, w), None), x, weights)[0]
+
+
+def rematerialised(layer, x, weights):
+    return scanned(jax.checkpoint(layer), x, weights)
+
+
+def jitted(layer, x, weights):
+    return unrolled(jax.jit(layer), x, weights)
+
+
+def pre_norm(x, w):
+    return x + jnp.tanh(norm(x) @ w)
+
+
+def post_norm(x, w):
+    return norm(x + jnp.tanh(x @ w))
+
+
+def model(start, layers, layer, params):
+    return (layers(layer, start(params), params["layers"]) @ params["table"].T).mean()
+
+
+def sums(fn, *args):
+    """The dtypes of all sums in the shape of an activation, forward."""
+    shape = (ROWS, LENGTH, WIDTH)
+    return [
+        dtypes(e.invars) for e in trace(fn, *args) if e.primitive.name == "add" and e.outvars[0].aval.shape == shape
+    ]
+
+
+@pytest.mark.parametrize("layer", [pre_norm, post_norm], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layers", [unrolled, scanned, rematerialised, jitted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "start",
+    [embedded, taken, learned_positions, normalised, normalised_by_two_moments, sinusoidal],
+    ids=lambda f: f.__name__,
+)
+def test_the_stream_is_low_from_the_start(start, layers, layer):
+    fn = functools.partial(model, start, layers, layer)
+    low = mp.autocast(fn, "mixed_bfloat16")
+    found = sums(low, PARAMS)
+    # The sum with sines is taken in float32, and rounded.
+    wide = [pair for pair in found if "float32" in pair]
+    assert len(found) >= (LAYERS if layers is unrolled else 1)
+    assert len(wide) == (start is sinusoidal), found
+
+
+@pytest.mark.parametrize("layer", [pre_norm, post_norm], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("start", [normalised, sinusoidal], ids=lambda f: f.__name__)
+def test_the_stream_is_right(start, layer):
+    fn = functools.partial(model, start, scanned, layer)
+    got, grads = jit(jax.value_and_grad(mp.autocast(fn, "mixed_bfloat16")))(PARAMS)
+    expected, true = jit(jax.value_and_grad(fn))(PARAMS)
+    np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.3)
+    for name, grad in grads.items():
+        assert grad.dtype == jnp.float32
+        assert jnp.linalg.norm(grad - true[name]) <= 0.05 * jnp.linalg.norm(true[name]), name
+
+
+def distances(positions, weights, senders, receivers):
+    return (positions[senders] - positions[receivers]) @ weights
+
+
+def test_differences_of_looked_up_coordinates_are_taken_in_float32():
+    """100.25 - 100 in bfloat16 is 0: a difference of neighbours must not be one of rounded numbers."""
+    positions = jnp.array([[100.0], [100.25]])
+    arguments = positions, jnp.ones((1, 1)), jnp.array([1]), jnp.array([0])
+    assert mp.autocast(distances, "mixed_bfloat16")(*arguments) == 0.25
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda rows, w: rows,
+        lambda rows, w: (rows**2).sum(),
+        lambda rows, w: (jnp.log(rows) @ w, jnp.exp(rows)),
+        lambda rows, w: (rows @ w, rows.max()),
+        lambda rows, w: jnp.sort(rows, axis=0) + jnp.float32(1),
+    ],
+    ids=["returned", "a loss", "exp", "returned in part", "nothing of matrix work"],
+)
+def test_other_lookups_keep_their_digits(reads):
+    table = jnp.array([[1.001, 2.003], [3.007, 4.0001]])
+    fn = lambda table: reads(table[jnp.array([1, 0])], jnp.eye(2))
+    found = [e for e in trace(mp.autocast(fn, "mixed_bfloat16"), table) if e.primitive.name == "gather"]
+    assert [dtypes(e.outvars) for e in found] == [("float32",)]
+    # What is read beside matrix work, or instead of it, has all its digits.
+    got, true = (jax.tree.leaves(f(table))[-1] for f in (mp.autocast(fn, "mixed_bfloat16"), fn))
+    np.testing.assert_array_equal(got, true)
+
+
+def test_a_sum_that_is_returned_stays_float32():
+    fn = lambda x, w: x @ w + jnp.sin(x)
+    x, w = jnp.full((2, 2), 1.001), jnp.eye(2)
+    low = mp.autocast(fn, "mixed_bfloat16")(x, w)
+    product = x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(low, product.astype(jnp.float32) + jnp.sin(x))
