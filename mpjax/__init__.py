@@ -8,6 +8,7 @@ import importlib.metadata
 
 from mpjax import diagnostics as diagnostics
 from mpjax import transforms as transforms
+from mpjax._accumulate import accumulate as accumulate
 from mpjax._autocast import Rules as Rules
 from mpjax._autocast import autocast as autocast
 from mpjax._autocast import default_rules as default_rules

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,12 @@ def all_finite(tree: Tree) -> Scalar:
     """
     flags = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if is_inexact_leaf(x)]
     return functools.reduce(operator.and_, flags, jnp.asarray(True))
+
+
+def agreed(flag: Any, axis_name: str | Sequence[str] | None) -> Scalar:
+    """A flag that is true where it is so on all devices along the axes; as it is where there are none."""
+    # An integer, since collectives take no booleans.
+    return flag if axis_name is None else jax.lax.pmin(flag.astype(jnp.int32), axis_name) == 1
 
 
 def check_flag(pred: Any, what: str) -> Scalar:

@@ -61,6 +61,7 @@ INNER = {
     "schedule": lambda: optax.adam(optax.cosine_decay_schedule(0.1, 10)),
     "MultiSteps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
     "ema": lambda: optax.chain(optax.adam(1e-2), optax.ema(0.9)),
+    "params_ema": lambda: mp.transforms.params_ema(optax.adam(1e-2), 0.9),
 }
 
 

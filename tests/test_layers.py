@@ -20,21 +20,23 @@ ROWS = [
     ["_hardware", "_loss_scale"],
     ["_dynamic_loss_scale", "_policy_grammar", "_overrides"],
     ["_convert"],
-    ["_policy", "_grad", "_autocast._marks", "_autocast._tables", "_autocast._regions"],
+    ["_policy", "_grad", "_accumulate", "_autocast._marks", "_autocast._tables", "_autocast._regions"],
     ["_autocast._rules"],
     ["_autocast._reads", "_autocast._context", "_autocast._softmax", "_autocast._weights"],
-    ["_autocast._patterns"],
+    ["_autocast._patterns", "_autocast._ahead"],
     ["_autocast._decide"],
     ["_autocast._interpreter"],
     ["_autocast._higher_order"],
     ["_autocast._custom_rules"],
     ["_autocast._autocast"],
     ["_autocast"],
-    ["transforms._norm", "transforms._stored", "transforms._rounding"],
-    ["transforms._skip_on_overflow"],
-    ["transforms._loss_scaled"],
+    ["transforms._norm", "transforms._stored", "transforms._rounding", "transforms._blockwise"],
+    ["transforms._skip_on_overflow", "transforms._half_weights", "transforms._state_rules"],
+    ["transforms._loss_scaled", "transforms._kahan", "transforms._master_weights", "transforms._stochastic_rounding"],
+    ["transforms._params_ema", "transforms._state_dtypes"],
     ["transforms", "diagnostics._explanation", "diagnostics._flops"],
-    ["diagnostics._explain"],
+    ["diagnostics._explain", "diagnostics._state_kinds"],
+    ["diagnostics._memory"],
     ["diagnostics", "nnx"],
     [""],
     ["cli"],
@@ -108,7 +110,7 @@ def test_only_cli_imports_flax(path):
 
 
 # NNX's own room, which `import mpjax` does not open; a table that rich prints when it is asked to.
-ALLOWED = {"nnx.py": {"flax"}, "diagnostics/_explanation.py": {"rich"}}
+ALLOWED = {"nnx.py": {"flax"}, "diagnostics/_explanation.py": {"rich"}, "diagnostics/_memory.py": {"rich"}}
 
 
 @pytest.mark.parametrize("module", ["mpjax", "mpjax.cli"])

@@ -1,6 +1,7 @@
 """One table of states under every transform, copy and checkpoint: no field, no dtype is ever lost."""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -24,9 +25,30 @@ def optimizer_state(loss_scale):
     return mp.loss_scaled(optax.adam(1e-3), loss_scale).init(PARAMS)
 
 
+AROUND = {
+    "params_ema": functools.partial(mp.transforms.params_ema, decay=0.9),
+    "master_weights": mp.transforms.master_weights,
+    "remainder": functools.partial(mp.transforms.master_weights, form="remainder"),
+    "kahan": mp.transforms.kahan,
+    "stochastic_rounding": functools.partial(mp.transforms.stochastic_rounding, key=jax.random.key(0)),
+    "state_dtypes": functools.partial(mp.transforms.state_dtypes, dtypes={"mu": "bfloat16", "nu": "bfloat16"}),
+}
+# What they keep beside float32 and int32, and why is in their docstrings.
+KEPT = {
+    "params_ema": {"bfloat16"},
+    "remainder": {"int16"},
+    "kahan": {"bfloat16"},
+    "stochastic_rounding": {"uint32"},
+    "state_dtypes": {"bfloat16", "uint32"},
+}
+
 STATES = {
     **LOSS_SCALES,
     **{f"loss_scaled {name}": optimizer_state(state) for name, state in LOSS_SCALES.items()},
+    **{
+        name: mp.loss_scaled(around(optax.adam(1e-3)), LOSS_SCALES["dynamic"]).init(PARAMS)
+        for name, around in AROUND.items()
+    },
 }
 
 
@@ -137,7 +159,7 @@ def test_orbax_keeps_every_field(name, tmp_path):
 @pytest.mark.parametrize("name", STATES)
 def test_all_leaves_are_strong_float32_and_int32(name):
     """DESIGN section 4: nothing weak-typed, nothing that could drift."""
-    allowed = {"float32", "int32"}
+    allowed = {"float32", "int32"} | KEPT.get(name, set())
     for path, leaf in jax.tree_util.tree_leaves_with_path(STATES[name]):
         assert isinstance(leaf, jax.Array), path
         assert str(leaf.dtype) in allowed, path

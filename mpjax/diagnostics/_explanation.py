@@ -125,12 +125,12 @@ class Explanation:
     def __str__(self) -> str:
         rows = [cells[1:] for cells in self._cells]
         widths = [max(map(len, column)) for column in zip(_HEADER[1:], *rows, strict=True)]
-        lines, path = [self.policy, "", _line(_HEADER[1:], widths)], None
+        lines, path = [self.policy, "", line(_HEADER[1:], widths)], None
         for operation, row in zip(self.operations, rows, strict=True):
             if operation.path != path:
                 path = operation.path
                 lines.append(path or "(in no module)")
-            lines.append(_line(row, widths))
+            lines.append(line(row, widths))
         return "\n".join([*lines, "", *self._footer])
 
     def __rich__(self) -> Any:
@@ -175,7 +175,8 @@ class Explanation:
 _HEADER = ("module", "operation", "count", "dtypes", "mark", "FLOPs", "source", "reason")
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A row of a plain-text table."""
     return ("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))).rstrip()
 
 

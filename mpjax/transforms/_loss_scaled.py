@@ -10,7 +10,7 @@ import optax
 from mpjax._convert import as_loss_scale
 from mpjax._errors import listing, problem
 from mpjax._loss_scale import LossScale
-from mpjax._tree import path_name
+from mpjax._tree import agreed, check_flag, path_name
 from mpjax._typing import Tree
 from mpjax.transforms._skip_on_overflow import SkipOnOverflowState, check_state, skip_on_overflow
 
@@ -72,6 +72,9 @@ def loss_scaled(
     It takes the still-scaled gradients of `mpjax.value_and_grad(loss_fn, mpjax.get_loss_scale(opt_state))`.
     Put it outermost, around `optax.chain` and `optax.MultiSteps`, for the reasons that `skip_on_overflow` gives.
 
+    Where an overflow was seen that the gradients do not show any more (`mpjax.accumulate` dropped a microbatch), say
+    `tx.update(grads, opt_state, params, overflowed=dropped.any())`: the step is taken, and the scale backs off.
+
     Args:
       inner: any optax transform. It sees true gradients in float32, so clip at the norm that you mean.
       loss_scale: the initial state, `policy.loss_scale()` or `DynamicLossScale(...)`; jmp's are converted.
@@ -84,7 +87,7 @@ def loss_scaled(
 
     Raises:
       TypeError: `inner` is not an optax transform, or `loss_scale` not a loss scale; on update, the state is
-        another transform's.
+        another transform's, or `overflowed` is not one boolean.
       ValueError: `inner` holds a loss scale already; on update, gradients and params differ in structure or shape.
 
     >>> import jax.numpy as jnp, mpjax as mp, optax
@@ -105,13 +108,16 @@ def loss_scaled(
         return LossScaledState(jax.tree.map(jnp.copy, initial), skip.init(params))
 
     def update(
-        updates: Tree, state: LossScaledState, params: Tree = None, **extra_args: Any
+        updates: Tree, state: LossScaledState, params: Tree = None, *, overflowed: Any = None, **extra_args: Any
     ) -> tuple[Tree, LossScaledState]:
         check_state(state, LossScaledState)
         # Unscale with the scale that was used, and only then adjust it.
         unscaled = state.loss_scale.unscale(updates)
         updates, skip_state = skip.update(unscaled, state.skip_state, params, **extra_args)
-        return updates, LossScaledState(state.loss_scale.adjust(skip_state.last_step_finite), skip_state)
+        clean = skip_state.last_step_finite
+        if overflowed is not None:
+            clean = agreed(clean & ~check_flag(overflowed, "overflowed"), axis_name)
+        return updates, LossScaledState(state.loss_scale.adjust(clean), skip_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

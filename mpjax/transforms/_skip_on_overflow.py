@@ -10,10 +10,10 @@ import optax
 from mpjax._compat import is_float0
 from mpjax._errors import listing, problem
 from mpjax._loss_scale import LossScale
-from mpjax._tree import all_finite, check_same_structure, is_inexact_leaf, path_name, widen
+from mpjax._tree import agreed, all_finite, check_same_structure, is_inexact_leaf, path_name, widen
 from mpjax._typing import Scalar, Tree
 from mpjax.transforms._norm import global_norm
-from mpjax.transforms._stored import as_seen_by
+from mpjax.transforms._stored import as_seen_by, keep_state, stand_still, update_inner
 
 
 class SkipOnOverflowState(NamedTuple):
@@ -80,7 +80,7 @@ def skip_on_overflow(
     >>> optax.apply_updates(params, updates), int(state.skips_total)
     ({'w': Array([1.], dtype=float32)}, 1)
     """
-    inner = _as_transform(inner)
+    inner = as_transform(inner)
 
     def init(params: Tree) -> SkipOnOverflowState:
         inner_state = jax.tree.map(_strongly_typed, inner.init(as_seen_by(inner, _visible(params))))
@@ -104,27 +104,19 @@ def skip_on_overflow(
         if weights is not None:
             _check_alike(grads, weights)
         finite = jnp.isfinite(global_norm(grads))
-        steps, new_inner = inner.update(grads, state.inner_state, weights, **extra_args)
         if check_updates:
-            finite = finite & all_finite(steps)
-        if axis_name is not None:
-            # An integer, since collectives take no booleans.
-            finite = jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1
-
-        def standstill(step: Any) -> Any:
-            # x + -0.0 is x for every x; x + 0.0 would turn -0.0 into 0.0.
-            return jnp.where(finite, step, -jnp.zeros_like(step))
-
-        def keep(new: Any, old: Any) -> Any:
-            # Some transforms let a state's dtype follow the gradients; a fixed one means one trace, ever.
-            old = old if isinstance(old, jax.Array) else jnp.asarray(old)
-            return jnp.where(finite, jnp.asarray(new, old.dtype), old)
+            steps, new_inner = inner.update(grads, state.inner_state, weights, **extra_args)
+            finite = agreed(finite & all_finite(steps), axis_name)
+            steps, new_inner = stand_still(finite, steps), keep_state(finite, new_inner, state.inner_state)
+        else:
+            finite = agreed(finite, axis_name)
+            steps, new_inner = update_inner(inner, finite, grads, state.inner_state, weights, extra_args)
 
         def count(taken: Any, skipped: Any) -> Scalar:
             return jnp.where(finite, taken, optax.safe_increment(jnp.asarray(skipped, jnp.int32)))
 
-        return _with_hidden(jax.tree.map(standstill, steps), updates, params), SkipOnOverflowState(
-            jax.tree.map(keep, new_inner, state.inner_state),
+        return _with_hidden(steps, updates, params), SkipOnOverflowState(
+            new_inner,
             count(jnp.zeros([], jnp.int32), state.skips_in_a_row),
             count(state.skips_total, state.skips_total),
         )
@@ -144,7 +136,8 @@ def check_state(state: Any, cls: type[Any]) -> None:
         )
 
 
-def _as_transform(inner: Any) -> optax.GradientTransformationExtraArgs:
+def as_transform(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """An optax transform that takes extra arguments, or a TypeError that says what `inner` is."""
     if isinstance(inner, optax.MultiSteps):
         # It takes extra arguments, but neither it nor its gradient_transformation() says so by its type.
         inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)

@@ -19,6 +19,41 @@ class StoredTransform(optax.GradientTransformationExtraArgs):  # type: ignore[mi
     """
 
 
+class SelectingTransform(StoredTransform):
+    """A stored transform that does a skipped step itself: its update takes `taken`, whether the step is to count.
+
+    XLA for TPU writes two 16-bit arrays in one pass only where one is computed from the other, and a selection between
+    them is in its way: the wrapper's, after the update, takes a third more bytes.
+    """
+
+
+def stand_still(taken: Any, steps: T) -> T:
+    """The steps, or where the step does not count -0.0: x + -0.0 is x for every x, x + 0.0 turns -0.0 into 0.0."""
+    return jax.tree.map(lambda step: jnp.where(taken, step, -jnp.zeros_like(step)), steps)
+
+
+def keep_state(taken: Any, new: T, old: T) -> T:
+    """The new state, or where the step does not count the old one, bit for bit."""
+
+    def keep(new: Any, old: Any) -> Any:
+        # Some transforms let a state's dtype follow the gradients; a fixed one means one trace, ever.
+        old = old if isinstance(old, jax.Array) else jnp.asarray(old)
+        return jnp.where(taken, jnp.asarray(new, old.dtype), old)
+
+    return jax.tree.map(keep, new, old)
+
+
+def update_inner(
+    inner: optax.GradientTransformationExtraArgs, taken: Any, updates: Tree, state: Any, params: Tree, extra_args: Any
+) -> tuple[Tree, Any]:
+    """The steps and the new state of `inner`, of a step that counts where `taken` says so; with None it does."""
+    if taken is not None and isinstance(inner, SelectingTransform):
+        steps, new = inner.update(updates, state, params, taken=taken, **extra_args)
+        return steps, new
+    steps, new = inner.update(updates, state, params, **extra_args)
+    return (steps, new) if taken is None else (stand_still(taken, steps), keep_state(taken, new, state))
+
+
 def as_seen_by(inner: optax.GradientTransformation, params: T) -> T:
     """The parameters as `inner` is to see them: as stored, or in float32."""
     return params if isinstance(inner, StoredTransform) else widen(params)
