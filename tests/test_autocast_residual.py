@@ -162,3 +162,24 @@ def test_a_sum_that_is_returned_stays_float32():
     low = mp.autocast(fn, "mixed_bfloat16")(x, w)
     product = x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
     np.testing.assert_array_equal(low, product.astype(jnp.float32) + jnp.sin(x))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        mp.default_rules("matmul"),
+        mp.default_rules().with_rule("gather", "full", "exact rows"),
+        mp.default_rules().with_rule("add", "full", "exact sums"),
+        mp.default_rules().with_path("stem", "full", "exact"),
+    ],
+    ids=["matmul alone", "gather full", "add full", "a region"],
+)
+def test_rules_of_the_callers_own_come_first(rules):
+    def fn(params):
+        with jax.named_scope("stem"):
+            x = learned_positions(params)
+        return (x @ params["layers"][0]).sum()
+
+    found = sums(mp.autocast(fn, "mixed_bfloat16", rules=rules), PARAMS)
+    assert found == [("float32", "float32")]
+    assert sums(mp.autocast(fn, "mixed_bfloat16"), PARAMS) == [("bfloat16", "bfloat16")]

@@ -79,11 +79,13 @@ def feeds_matrix_work(rules: Rules, eqn: Any, reads: Reads) -> bool:
 
 
 def _passes(rules: Rules, reader: Any, reads: Reads) -> bool:
-    name = reader.primitive.name
+    name, kind = reader.primitive.name, rules.of(reader.primitive.name).kind
+    if kind is Kind.FULL and name != "rsqrt":  # by the caller's own rules
+        return False
     if name == "sub":
         # x - mean(x). The difference of two like values would be mostly their rounding.
         return any(_is_statistic(atom, reads) for atom in reader.invars)
-    return name in _ON_THE_WAY or rules.of(name).kind is Kind.PASS
+    return name in _ON_THE_WAY or kind is Kind.PASS
 
 
 def _is_statistic(atom: Any, reads: Reads) -> bool:

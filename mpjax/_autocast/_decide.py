@@ -113,7 +113,12 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
 
 
 def _is_embedding(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:
-    return is_lookup(eqn) and follow_mark(v.mark for v in ins) is Mark.FREE and feeds_matrix_work(ctx.rules, eqn, reads)
+    return (
+        is_lookup(eqn)
+        and ctx.rules.of("gather").kind is Kind.FOLLOW
+        and follow_mark(v.mark for v in ins) is Mark.FREE
+        and feeds_matrix_work(ctx.rules, eqn, reads)
+    )
 
 
 def _is_residual_sum(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:
