@@ -26,12 +26,15 @@ format: .venv/dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv-bench/dev .venv-bench-gpu/dev
+bench: .venv/dev .venv-bench/dev .venv-bench-gpu/dev
+	.venv/bin/python benchmarks/half_weights.py --write
 	.venv-bench/bin/python benchmarks/step_cost.py --write
+	.venv-bench/bin/python benchmarks/weights_cost.py --target v5e --write
 	.venv-bench/bin/python benchmarks/autocast_cost.py --target v5e --write
 	.venv-bench/bin/python benchmarks/autocast_cost.py --fsdp --write
 	.venv-bench/bin/python benchmarks/autocast_trace.py --write
 	.venv-bench-gpu/bin/python benchmarks/autocast_cost.py --target h100 --write
+	.venv-bench-gpu/bin/python benchmarks/weights_cost.py --target h100 --write
 
 clean:
 	rm -rf .venv .venv-newest .venv-bench .venv-bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis out

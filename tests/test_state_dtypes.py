@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from helpers import bits
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,19 +32,25 @@ def grads_like(params, seed=0, dtype=None):
 
 
 def stored_in(state):
-    """The dtype of each leaf of a state by its path, a block-wise one in brackets."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=lambda x: isinstance(x, BlockScaled))
-    name = lambda x: f"[{x.values.dtype}]" if isinstance(x, BlockScaled) else str(x.dtype)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): name(x) for path, x in leaves}
+    """The dtype of each leaf of the inner state by its path, of one with scales in brackets."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.inner_state)
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): str(x.dtype) for path, x in leaves}
+    assert set(state.scales) <= set(found)
+    return {path: f"[{dtype}]" if path in state.scales else dtype for path, dtype in found.items()}
 
 
 def narrow(state):
     return {path for path, dtype in stored_in(state).items() if dtype not in ("float32", "int32", "bool", "uint32")}
 
 
-def widened(tree):
-    is_block = lambda x: isinstance(x, BlockScaled)
-    return jax.tree.map(lambda x: x.decode() if is_block(x) else x.astype(jnp.float32), tree, is_leaf=is_block)
+def widened(state):
+    """The inner state with all moments in float32."""
+
+    def one(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return BlockScaled(x, state.scales[name]).decode() if name in state.scales else x.astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, state.inner_state)
 
 
 class TestWhichLeaves:
@@ -119,8 +125,9 @@ class TestWhichLeaves:
         params = {"w": jnp.ones((4, 1024))}
         sizes = {}
         for dtype in ("float32", *DTYPES):
-            state = state_dtypes(optax.scale_by_adam(), {"mu|nu": dtype}).init(params).inner_state
-            sizes[dtype] = sum(x.nbytes for x in jax.tree.leaves((state.mu, state.nu))) / 4096
+            state = state_dtypes(optax.scale_by_adam(), {"mu|nu": dtype}).init(params)
+            moments = state.inner_state.mu, state.inner_state.nu, state.scales
+            sizes[dtype] = sum(x.nbytes for x in jax.tree.leaves(moments)) / 4096
         assert sizes == {
             "float32": 8,
             "bfloat16": 4,
@@ -129,7 +136,7 @@ class TestWhichLeaves:
             "float8_e5m2": 2 + 8 / 1024,
         }
         tx = state_dtypes(optax.scale_by_adam(), {"mu": "e4m3"}, block_size=256)
-        assert jax.eval_shape(tx.init, params).inner_state.mu["w"].scales.shape == (4, 4)
+        assert jax.eval_shape(tx.init, params).scales["mu/w"].shape == (4, 4)
 
     def test_what_blocks_would_not_make_smaller_stays(self):
         params = {"column": jnp.ones((50, 1)), "w": jnp.ones((50, 8))}
@@ -203,7 +210,7 @@ class TestComputedInFloat32:
             by_hand = -0.1 * (new_mu / first) / (np.sqrt(new_nu / second) + 1e-8)
             np.testing.assert_allclose(updates, by_hand, rtol=1e-5, atol=1e-7)
             mu, nu = store(new_mu.astype(np.float32)), store(new_nu.astype(np.float32))
-            kept = widened(state.inner_state[0])
+            kept = widened(state)[0]
             # A value half-way between two is rounded either way.
             for got, expected in ((kept.mu, mu), (kept.nu, nu)):
                 wrong = ~np.isclose(got, expected, rtol=1e-5, atol=0)
@@ -275,7 +282,7 @@ def decayed(dtype, rounding, steps):
     state = tx.update(first, tx.init(first))[1]
     step = lambda s, _: (tx.update(jnp.zeros(n), s)[1], None)
     state, _ = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(state)
-    return np.asarray(widened(state.inner_state.nu)) / np.asarray(0.001 * first**2 * 0.999**steps)
+    return np.asarray(widened(state).nu) / np.asarray(0.001 * first**2 * 0.999**steps)
 
 
 class TestRounding:
@@ -304,7 +311,7 @@ class TestRounding:
             state, exact = carry
             grads = scales * jax.random.normal(key, shape)
             state, exact = tx.update(grads, state)[1], plain.update(grads, exact)[1]
-            return (state, exact), jnp.sqrt(widened(state.inner_state.nu) / exact.nu)
+            return (state, exact), jnp.sqrt(widened(state).nu / exact.nu)
 
         run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[1][300:])
         ratio = run((tx.init(scales), plain.init(scales)), jax.random.split(jax.random.key(1), 400))
@@ -314,23 +321,35 @@ class TestRounding:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
     def test_bits_are_those_of_key_step_and_leaf(self, dtype):
         params = {"a": jnp.ones((4, 256)), "b": jnp.ones((4, 256))}
-        grads = jax.tree.map(lambda p: jnp.full(p.shape, 1.2345), params)
+        grads = jax.tree.map(lambda p: jnp.full(p.shape, 1.238), params)
 
         def moments(key, steps):
             tx = state_dtypes(optax.trace(0.0), {"trace": dtype}, key=key)
             state = tx.init(params)
             for _ in range(steps):
                 _, state = tx.update(grads, state)
-            return widened(state.inner_state.trace)
+            return widened(state).trace
 
         first, again = moments(None, 1), moments(jax.random.key(0), 1)
         assert bits(first) == bits(again)
-        ups = lambda tree: np.concatenate([np.asarray(x).ravel() > 1.2345 for x in tree.values()])
+        ups = lambda tree: np.concatenate([np.asarray(x).ravel() > 1.238 for x in tree.values()])
         a, b = np.split(ups(first), 2)
         others = [ups(moments(jax.random.key(1), 1))[:1024], ups(moments(None, 2))[:1024], b]
         assert 0.02 < a.mean() < 0.98
         for other in others:
             assert abs(np.corrcoef(a, other)[0, 1]) < 4 / np.sqrt(a.size)
+
+    def test_weights_rounded_with_the_same_key_get_other_bits(self):
+        params, key = {"w": jnp.ones((8, 256), jnp.bfloat16)}, jax.random.key(5)
+        tx = mp.transforms.stochastic_rounding(state_dtypes(optax.trace(0.0), {"trace": "bf16"}, key=key), key)
+        # Weights and moments are both half-way between two numbers.
+        grads = {"w": jnp.full((8, 256), 2.0**-8 + 2.0**-16)}
+        updates, state = tx.update(grads, tx.init(params), params)
+        weights = np.asarray(mp.transforms.apply_updates(params, updates)["w"], np.float32).ravel() > 1
+        moments = np.asarray(state.inner_state.inner_state.trace["w"], np.float32).ravel() > grads["w"][0, 0]
+        assert 0.4 < weights.mean() < 0.6
+        assert 0.4 < moments.mean() < 0.6
+        assert abs(np.corrcoef(weights, moments)[0, 1]) < 4 / np.sqrt(weights.size)
 
     def test_other_key_implementations(self):
         tx = state_dtypes(optax.trace(0.9), {"trace": "bf16"}, key=jax.random.key(0, impl="rbg"))
@@ -402,8 +421,8 @@ class TestStays:
         step = jax.jit(tx.update)
         _, state = step(grads_like(SMALL), tx.init(SMALL), SMALL)
         _, skipped = step(jax.tree.map(lambda g: g * jnp.nan, SMALL), state, SMALL)
-        before, after = (s.inner_state.inner_state[0] for s in (state, skipped))
-        assert bits(widened(before)) == bits(widened(after))
+        before, after = (widened(s).inner_state[0] for s in (state, skipped))
+        assert bits(before) == bits(after)
 
     def test_donation(self):
         tx = state_dtypes(optax.adamw(1e-2), {"mu": "float8_e4m3fn", "nu": "bf16"})
@@ -486,6 +505,27 @@ class TestComposes:
         moved = np.abs(np.asarray(exact["w"]) - 1).mean()
         assert np.abs(np.asarray(params["w"], np.float32) - np.asarray(exact["w"])).mean() < 0.1 * moved
 
+    def test_nnx_optimizer(self):
+        """It keeps one array for each leaf of the state of the optimizer that it wraps."""
+        model = nnx.Linear(3, 8, rngs=nnx.Rngs(0))
+        tx = mp.loss_scaled(state_dtypes(optax.adam(1e-2), PAIRS[0]), mp.DynamicLossScale(2.0**6))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            scale = mp.get_loss_scale(optimizer.opt_state)
+            grads = nnx.grad(lambda model: scale.scale(jnp.mean((model(x) - 1) ** 2)))(model)
+            optimizer.update(model, grads)
+            return jnp.mean((model(x) - 1) ** 2)
+
+        x = jnp.ones((4, 3))
+        losses = [float(step(model, optimizer, x)) for _ in range(3)]
+        assert losses == sorted(losses, reverse=True)
+        adam = optimizer.opt_state.skip_state.inner_state.inner_state[0]
+        assert (adam.mu["kernel"].dtype, adam.nu["kernel"].dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
+        step(model, optimizer, x * jnp.inf)
+        assert int(optimizer.opt_state.skip_state.skips_total[...]) == 1
+
     def test_parameters_without_a_gradient(self):
         params = {"w": jnp.ones((2, 8)), "n": jnp.array(3), "f": jnp.tanh, "none": None}
         tx = mp.loss_scaled(state_dtypes(optax.adamw(0.1), BOTH), mp.NoOpLossScale())
@@ -498,8 +538,11 @@ class TestComposes:
         params = {"w": jnp.ones((4, 1024))}
         tx = state_dtypes(optax.adamw(1e-3), {"mu": "float8_e4m3fn", "nu": "bfloat16"})
         rows = {(row.kind, row.name): row for row in mp.diagnostics.memory_table(params, tx).rows}
-        assert (rows["moments", "mu"].bytes, rows["moments", "nu"].bytes) == (4096 + 4 * 4, 2 * 4096)
-        assert rows["moments", "mu"].dtypes == ("float8_e4m3fn", "float32")
+        assert {name: rows["moments", name].bytes for name in ("mu", "nu", "scales")} == {
+            "mu": 4096,
+            "nu": 2 * 4096,
+            "scales": 4 * 4,
+        }
 
 
 class TestSharded:
@@ -521,7 +564,7 @@ class TestSharded:
         assert bits(jax.device_get(state)) == bits(alone)
         adam = state.inner_state[0]
         for name, spec in self.specs.items():
-            for x in (adam.mu[name].values, adam.mu[name].scales, adam.nu[name]):
+            for x in (adam.mu[name], state.scales[f"0/mu/{name}"], adam.nu[name]):
                 assert x.sharding.is_equivalent_to(NamedSharding(self.mesh, spec), x.ndim)
 
     @pytest.mark.parametrize("check_vma", [True, False])
@@ -532,7 +575,7 @@ class TestSharded:
         params = {"w": jnp.ones((16, 512)), "b": jnp.ones(64)}
         grads = jax.tree.map(lambda p: jnp.full(p.shape, 1.0 + 2.0**-9 + 2.0**-10), params)
         state = tx.init(params)
-        specs = mp.transforms.StateDtypesState(state.inner_state._replace(trace=of_params), P(), P())
+        specs = mp.transforms.StateDtypesState(state.inner_state._replace(trace=of_params), {}, P(), P())
         run = jax.shard_map(
             lambda g, s: tx.update(g, s)[1],
             mesh=self.mesh,
@@ -560,7 +603,7 @@ class TestSharded:
         updates, after = jax.jit(run)(grads, state)
         exact, exact_state = optax.adam(1e-2).update(grads, optax.adam(1e-2).init(x))
         np.testing.assert_allclose(updates, exact, rtol=1e-5)
-        np.testing.assert_allclose(after.inner_state[0].mu.decode(), exact_state[0].mu, rtol=0.15, atol=1e-4)
+        np.testing.assert_allclose(widened(after)[0].mu, exact_state[0].mu, rtol=0.15, atol=1e-4)
 
 
 def digits():

@@ -30,8 +30,8 @@ class MemoryRow:
     Attributes:
       choice: its name; empty where there is only one.
       kind: `"weights"`, `"masters"` (float32, or the 16 bits that a 16-bit weight lacks), `"compensation"` (Kahan's),
-        `"moments"`, `"EMA"`, `"accumulator"` (of gradients), `"other"`, `"counters"` (whatever has shape (), integers, keys);
-        `"gradients"` and `"compute copy"`, which live within a step.
+        `"moments"`, `"EMA"`, `"accumulator"` (of gradients), `"other"`, `"counters"` (what has shape (), integers and
+        keys); `"gradients"` and `"compute copy"`, which live within a step.
       name: the field of the optimizer's state, such as `"mu"`; empty where the kind says it all.
       dtypes: theirs.
       bytes: of all of them.
@@ -151,7 +151,8 @@ def memory_table(params: Tree, tx: Any = None, policy: Any = None) -> MemoryTabl
       parameters' dtypes, as `jax.grad` makes them; a float32 accumulator of microbatches is 4 bytes more.
 
     Raises:
-      TypeError: `tx` is neither a transform nor such a mapping.
+      TypeError: `tx` is neither a transform nor such a mapping; and as `mpjax.get_policy`.
+      ValueError: as `mpjax.get_policy`.
 
     >>> import jax, jax.numpy as jnp, mpjax as mp, optax
     >>> params = {"w": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from mpjax._typing import Tree
-from mpjax.transforms import KahanState, MasterWeightsState, ParamsEmaState
+from mpjax.transforms import KahanState, MasterWeightsState, ParamsEmaState, StateDtypesState
 
 # Fields that mean something in one type of state only.
 _FIELDS: dict[type[Any], dict[str, str]] = {
     MasterWeightsState: {"masters": "masters"},
     KahanState: {"compensation": "compensation"},
     ParamsEmaState: {"average": "EMA", "remainder": "EMA"},
+    StateDtypesState: {"scales": "moments"},
     optax.MultiStepsState: {"acc_grads": "accumulator"},
     optax.EmaState: {"ema": "moments"},  # of updates, not of parameters
 }

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpjax._dtypes import FLOAT32
 from mpjax._errors import listing, problem
 from mpjax._tree import is_float_leaf, path_name
 from mpjax._typing import Tree
-from mpjax.transforms._stored import StoredTransform, as_seen_by, update_to
+from mpjax.transforms._stored import update_to
 
 # The dtypes that `_rounding` rounds to.
 _LOW = {jnp.dtype(name) for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")}
@@ -21,16 +20,6 @@ _LOW = {jnp.dtype(name) for name in ("bfloat16", "float16", "float8_e4m3fn", "fl
 def is_low(x: Any) -> bool:
     """Whether a leaf is a weight of 16 bits or fewer."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) and x.dtype in _LOW
-
-
-def to_float32(tree: Tree) -> Tree:
-    """Widens low leaves, fp8 included; all others stay."""
-    return jax.tree.map(lambda x: jnp.asarray(x).astype(FLOAT32) if is_low(x) else x, tree)
-
-
-def seen_by(inner: optax.GradientTransformation, params: Tree) -> Tree:
-    """The parameters as `inner` is to see them: as stored, or in float32, fp8 included."""
-    return params if isinstance(inner, StoredTransform) else to_float32(as_seen_by(inner, params))
 
 
 def keep_low(keep: Any, params: Tree, *rest: Tree) -> Tree:

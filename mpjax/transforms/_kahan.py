@@ -8,10 +8,10 @@ import optax
 
 from mpjax._dtypes import FLOAT32
 from mpjax._typing import Tree
-from mpjax.transforms._half_weights import check_update, check_weights, keep_low, seen_by, to_float32, updates_to
+from mpjax.transforms._half_weights import check_update, check_weights, keep_low, updates_to
 from mpjax.transforms._rounding import nearest
 from mpjax.transforms._skip_on_overflow import as_transform, check_state
-from mpjax.transforms._stored import StoredTransform
+from mpjax.transforms._stored import StoredTransform, as_seen_by, to_float32
 
 
 class KahanState(NamedTuple):
@@ -75,12 +75,14 @@ def kahan(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
             ("float8_e4m3fn", "float8_e5m2"),
             "mp.transforms.stochastic_rounding(inner, jax.random.key(0)), which fp8 can do with",
         )
-        return KahanState(inner.init(seen_by(inner, params)), keep_low(jnp.zeros_like, params))
+        return KahanState(inner.init(as_seen_by(inner, params)), keep_low(jnp.zeros_like, params))
 
     def update(updates: Tree, state: KahanState, params: Tree = None, **extra_args: Any) -> tuple[Tree, KahanState]:
         check_state(state, KahanState)
         check_update(params, "kahan", state.compensation)
-        steps, inner_state = inner.update(to_float32(updates), state.inner_state, seen_by(inner, params), **extra_args)
+        steps, inner_state = inner.update(
+            to_float32(updates), state.inner_state, as_seen_by(inner, params), **extra_args
+        )
         summed = keep_low(_compensated_sum, params, state.compensation, steps)
         weights = keep_low(lambda p, new: new[0], params, summed)
         compensation = keep_low(lambda p, new: new[1], params, summed)

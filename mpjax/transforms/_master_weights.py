@@ -15,13 +15,11 @@ from mpjax.transforms._half_weights import (
     check_weights,
     is_low,
     keep_low,
-    seen_by,
-    to_float32,
     updates_to,
 )
 from mpjax.transforms._rounding import nearest
 from mpjax.transforms._skip_on_overflow import as_transform, check_state
-from mpjax.transforms._stored import SelectingTransform, keep_state, stand_still
+from mpjax.transforms._stored import SelectingTransform, as_seen_by, keep_state, stand_still, to_float32
 
 # From what is to be kept after a step to what is kept: the old, where the step is skipped.
 _Choose = Callable[[jax.Array], jax.Array]
@@ -104,7 +102,7 @@ def master_weights(
         )
         # Widened twice: what the inner transform keeps of the parameters must not be the same buffer, for donation.
         kept = keep_low(lambda p: split(jnp.asarray(p).astype(FLOAT32), p.dtype)[1], params)
-        return MasterWeightsState(inner.init(seen_by(inner, to_float32(params))), kept)
+        return MasterWeightsState(inner.init(as_seen_by(inner, to_float32(params))), kept)
 
     def update(
         updates: Tree, state: MasterWeightsState, params: Tree = None, *, taken: Any = None, **extra_args: Any
@@ -112,7 +110,9 @@ def master_weights(
         check_state(state, MasterWeightsState)
         check_update(params, "master_weights", state.masters)
         masters = jax.tree.map(lambda p, kept: join(p, kept) if is_low(p) else p, params, state.masters)
-        steps, inner_state = inner.update(to_float32(updates), state.inner_state, seen_by(inner, masters), **extra_args)
+        steps, inner_state = inner.update(
+            to_float32(updates), state.inner_state, as_seen_by(inner, masters), **extra_args
+        )
 
         def stepped(param: Any, master: jax.Array, step: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
             return split(master + step.astype(FLOAT32), param.dtype, lambda new: _chosen(taken, new, kept))

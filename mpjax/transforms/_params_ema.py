@@ -13,9 +13,8 @@ from mpjax._dtypes import BFLOAT16, wide_dtype
 from mpjax._errors import listing, problem
 from mpjax._tree import check_same_structure, is_inexact_leaf, path_name
 from mpjax._typing import Scalar, Tree
-from mpjax.transforms._half_weights import seen_by, to_float32
 from mpjax.transforms._skip_on_overflow import SkipOnOverflowState, as_transform, check_state
-from mpjax.transforms._stored import SelectingTransform, apply_updates, keep_state, update_inner
+from mpjax.transforms._stored import SelectingTransform, apply_updates, as_seen_by, keep_state, to_float32, update_inner
 
 
 class ParamsEmaState(NamedTuple):
@@ -93,7 +92,7 @@ def params_ema(
     inner = as_transform(inner)
 
     def init(params: Tree) -> ParamsEmaState:
-        inner_state = inner.init(seen_by(inner, params))
+        inner_state = inner.init(as_seen_by(inner, params))
         _check_skips_nothing(inner_state)
         # A copy: a donated state must not hold the parameters' own buffers.
         average = _masked(lambda p: jnp.array(p, _average_dtype(p), copy=True), params)
@@ -106,7 +105,7 @@ def params_ema(
         check_state(state, ParamsEmaState)
         _check_given(params)
         updates, inner_state = update_inner(
-            inner, taken, to_float32(updates), state.inner_state, seen_by(inner, params), extra_args
+            inner, taken, to_float32(updates), state.inner_state, as_seen_by(inner, params), extra_args
         )
         steps = optax.safe_increment(state.steps)
         # 1 - decay in the precision of decay: a float32 near 1 has lost the digits that count.

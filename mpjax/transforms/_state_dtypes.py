@@ -5,32 +5,32 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mpjax._dtypes import BFLOAT16, FLOAT32
 from mpjax._errors import problem
 from mpjax._typing import Scalar, Tree
-from mpjax.transforms._blockwise import encode, encode_like, saves
-from mpjax.transforms._half_weights import seen_by, to_float32
+from mpjax.transforms._blockwise import BlockScaled, encode, encode_like, saves
 from mpjax.transforms._rounding import nearest, stochastic
 from mpjax.transforms._skip_on_overflow import as_transform, check_state
-from mpjax.transforms._state_rules import check_all_used, checked_rules, is_block, matches
+from mpjax.transforms._state_rules import Match, check_all_used, checked_rules, matches
 from mpjax.transforms._stochastic_rounding import sharded_axes
-from mpjax.transforms._stored import StoredTransform
+from mpjax.transforms._stored import StoredTransform, as_seen_by, to_float32
 
 
 class StateDtypesState(NamedTuple):
     """State of `state_dtypes`.
 
     Attributes:
-      inner_state: the wrapped transform's, with the chosen leaves in the dtypes that they are stored in:
-        arrays in bfloat16, or a `BlockScaled`.
+      inner_state: the wrapped transform's, with the chosen leaves in the dtypes that they are stored in.
+      scales: float32, by path the scales of those in float16 and 8 bits: `BlockScaled(leaf, scales[path]).decode()`.
       key: uint32, the data of the PRNG key. It never changes.
       step: int32, the steps taken, which gives each its own random bits.
     """
 
     inner_state: Any
+    # Not beside the values, since nnx.Optimizer keeps one array for each leaf of the wrapped transform's state.
+    scales: dict[str, jax.Array]
     key: jax.Array
     step: Scalar
 
@@ -87,8 +87,8 @@ def state_dtypes(
 
     >>> import jax.numpy as jnp, mpjax as mp, optax
     >>> tx = mp.transforms.state_dtypes(optax.adamw(1e-3), {"mu": "float8_e4m3fn", "nu": "bfloat16"})
-    >>> adam = tx.init({"w": jnp.ones((8, 300))}).inner_state[0]
-    >>> adam.nu["w"].dtype, adam.mu["w"].values.dtype, adam.mu["w"].scales.shape
+    >>> state = tx.init({"w": jnp.ones((8, 300))})
+    >>> state.inner_state[0].nu["w"].dtype, state.inner_state[0].mu["w"].dtype, state.scales["0/mu/w"].shape
     (dtype(bfloat16), dtype(float8_e4m3fn), (8, 1))
 
     References:
@@ -102,22 +102,27 @@ def state_dtypes(
     implementation = jax.random.key_impl(given)
 
     def init(params: Tree) -> StateDtypesState:
-        inner_state = inner.init(seen_by(inner, params))
+        inner_state = inner.init(as_seen_by(inner, params))
         leaves, structure = jax.tree.flatten(inner_state)
         found = matches(inner_state, params, rules)
         check_all_used(found, rules)
 
-        def stored(x: Any, dtype: np.dtype[Any] | None) -> Any:
-            if dtype is None or dtype.itemsize >= x.dtype.itemsize:
-                return _like(x, x)
-            if dtype == BFLOAT16:
-                return nearest(x.astype(FLOAT32), dtype, saturate=True)
-            return encode(x.astype(FLOAT32), dtype, block_size, None) if saves(x, dtype, block_size) else _like(x, x)
+        scales = {}
 
-        kept = [stored(x, match.dtype) for x, match in zip(leaves, found, strict=True)]
+        def stored(x: Any, match: Match) -> Any:
+            if match.dtype is None or match.dtype.itemsize >= x.dtype.itemsize:
+                return _like(x, x)
+            if match.dtype == BFLOAT16:
+                return nearest(x.astype(FLOAT32), BFLOAT16, saturate=True)
+            if not saves(x, match.dtype, block_size):
+                return _like(x, x)
+            values, scales[match.name] = encode(x.astype(FLOAT32), match.dtype, block_size, None)
+            return values
+
+        kept = [stored(x, match) for x, match in zip(leaves, found, strict=True)]
         # A copy of the key as numbers: flax cannot serialize typed keys, and the state may be donated.
         data = jnp.copy(jax.random.key_data(given))
-        return StateDtypesState(jax.tree.unflatten(structure, kept), data, jnp.zeros([], jnp.int32))
+        return StateDtypesState(jax.tree.unflatten(structure, kept), scales, data, jnp.zeros([], jnp.int32))
 
     def update(
         updates: Tree, state: StateDtypesState, params: Tree = None, **extra_args: Any
@@ -125,45 +130,52 @@ def state_dtypes(
         check_state(state, StateDtypesState)
         structure: Any  # it has methods, which mypy does not know of
         of_params: Any
-        leaves, structure = jax.tree.flatten(state.inner_state, is_leaf=is_block)
+        leaves, structure = jax.tree.flatten(state.inner_state)
         found = matches(state.inner_state, updates, rules)
-        wide = [_widened(x, match.dtype) for x, match in zip(leaves, found, strict=True)]
-        weights = None if params is None else seen_by(inner, params)
+        wide = [_widened(x, match, state.scales) for x, match in zip(leaves, found, strict=True)]
+        weights = None if params is None else as_seen_by(inner, params)
         steps, new = inner.update(to_float32(updates), jax.tree.unflatten(structure, wide), weights, **extra_args)
 
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=implementation), state.step)
-        leaf_keys = jax.random.split(step_key, len(leaves))
+        own_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=implementation), _DOMAIN)
+        leaf_keys = jax.random.split(jax.random.fold_in(own_key, state.step), len(leaves))
         paths, of_params = jax.tree_util.tree_flatten_with_path(updates)
         axes = of_params.flatten_up_to(sharded_axes(axis_name, updates))
         axes_of = {path: names for (path, _), names in zip(paths, axes, strict=True)}
 
-        def rounded(index: int, new: Any, old: Any, axes: Sequence[str]) -> Any:
+        scales = dict(state.scales)
+
+        def stored(index: int, new: Any, old: Any, match: Match) -> Any:
             new, leaf_key = new.astype(FLOAT32), None
             if rounding == "stochastic":
                 leaf_key = leaf_keys[index]
-                for axis in axes:
+                for axis in axes_of[match.owner]:
                     leaf_key = jax.random.fold_in(leaf_key, jax.lax.axis_index(axis))
-            if is_block(old):
-                return encode_like(new, old, leaf_key)
-            return nearest(new, old.dtype, saturate=True) if leaf_key is None else stochastic(new, old.dtype, leaf_key)
+            if match.name in scales:
+                values, scales[match.name] = encode_like(new, BlockScaled(old, scales[match.name]), leaf_key)
+                return values
+            return nearest(new, BFLOAT16, saturate=True) if leaf_key is None else stochastic(new, BFLOAT16, leaf_key)
 
         rows = zip(structure.flatten_up_to(new), leaves, wide, found, strict=True)
         kept = [
-            _like(x, old) if seen is old else rounded(index, x, old, axes_of[match.owner])
+            _like(x, old) if seen is old else stored(index, x, old, match)
             for index, (x, old, seen, match) in enumerate(rows)
         ]
-        inner_state = jax.tree.unflatten(structure, kept)
-        return steps, StateDtypesState(inner_state, state.key, optax.safe_increment(state.step))
+        step = optax.safe_increment(state.step)
+        return steps, StateDtypesState(jax.tree.unflatten(structure, kept), scales, state.key, step)
 
     is_stored = isinstance(inner, StoredTransform)
     return (StoredTransform if is_stored else optax.GradientTransformationExtraArgs)(init, update)
 
 
-def _widened(x: Any, dtype: np.dtype[Any] | None) -> Any:
+# Weights that `stochastic_rounding` rounds with the same key get other bits than their moments.
+_DOMAIN = 0x6D6F6D
+
+
+def _widened(x: Any, match: Match, scales: Mapping[str, jax.Array]) -> Any:
     """A stored leaf in float32; one that is not stored in the dtype of its rule is returned as it is."""
-    if is_block(x):
-        return x.decode()
-    return x.astype(FLOAT32) if dtype == BFLOAT16 == x.dtype else x
+    if match.name in scales:
+        return BlockScaled(x, scales[match.name]).decode()
+    return x.astype(FLOAT32) if match.dtype == BFLOAT16 == x.dtype else x
 
 
 def _like(new: Any, old: Any) -> Any:

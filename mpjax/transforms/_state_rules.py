@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mpjax._dtypes import canonical_dtype
+from mpjax._dtypes import canonical_dtype, is_float8
 from mpjax._errors import listing, problem
 from mpjax._overrides import check_pattern
 from mpjax._tree import is_float_leaf, path_name
 from mpjax._typing import Tree
-from mpjax.transforms._blockwise import BlockScaled
 
 # Fields whose leaves keep their dtypes, whatever the patterns say: of optax.inject_hyperparams, and those of mpjax's
 # transforms that hold parameters.
@@ -51,7 +51,7 @@ def checked_rules(dtypes: Any) -> dict[str, np.dtype[Any]]:
 
 
 def matches(state: Tree, params: Tree, rules: Mapping[str, np.dtype[Any]]) -> list[Match]:
-    """What the rules say for each leaf of a state that was made for `params`; a `BlockScaled` is a leaf.
+    """What the rules say for each leaf of a state that was made for `params`, stored in fewer bits or not.
 
     Raises:
       ValueError: patterns that match one leaf disagree.
@@ -61,7 +61,8 @@ def matches(state: Tree, params: Tree, rules: Mapping[str, np.dtype[Any]]) -> li
     def match(path: tuple[Any, ...], x: Any) -> Match:
         name = path_name(path)
         owner = None if any(_is_field(entry, *_KEPT) for entry in path) else _owner(path, known)
-        if owner is None or not (is_block(x) or (is_float_leaf(x) and x.shape)):
+        is_float = is_float_leaf(x) or is_float8(jnp.result_type(x))
+        if owner is None or not is_float or x.shape == ():
             return Match(name, None, None, ())
         texts = {name, *name.split("/")}
         found = tuple(p for p in rules if any(re.fullmatch(p, text, re.IGNORECASE) for text in texts))
@@ -76,7 +77,7 @@ def matches(state: Tree, params: Tree, rules: Mapping[str, np.dtype[Any]]) -> li
             )
         return Match(name, owner, rules[found[0]] if found else None, found)
 
-    return [match(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_block)]
+    return [match(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
 
 
 def check_all_used(found: list[Match], rules: Mapping[str, np.dtype[Any]]) -> None:
@@ -92,11 +93,6 @@ def check_all_used(found: list[Match], rules: Mapping[str, np.dtype[Any]]) -> No
                 write='{"mu": "bfloat16", "nu": "bfloat16"}; what has shape (), hyperparameters and masters stay',
             )
         )
-
-
-def is_block(x: Any) -> bool:
-    """Whether `x` is an array stored in blocks."""
-    return isinstance(x, BlockScaled)
 
 
 def _owner(path: tuple[Any, ...], known: set[Any]) -> Any:

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec
 from mpjax._dtypes import FLOAT32
 from mpjax._errors import problem
 from mpjax._typing import Scalar, Tree
-from mpjax.transforms._half_weights import check_given, check_weights, keep_low, seen_by, to_float32, updates_to
+from mpjax.transforms._half_weights import check_given, check_weights, keep_low, updates_to
 from mpjax.transforms._rounding import stochastic
 from mpjax.transforms._skip_on_overflow import as_transform, check_state
-from mpjax.transforms._stored import StoredTransform
+from mpjax.transforms._stored import StoredTransform, as_seen_by, to_float32
 
 
 class StochasticRoundingState(NamedTuple):
@@ -91,7 +91,7 @@ def stochastic_rounding(
         check_weights(params, "stochastic_rounding")
         # As numbers, since flax cannot serialize typed keys; a copy, since the state may be donated.
         data = jnp.copy(jax.random.key_data(key))
-        return StochasticRoundingState(inner.init(seen_by(inner, params)), data, jnp.zeros([], jnp.int32))
+        return StochasticRoundingState(inner.init(as_seen_by(inner, params)), data, jnp.zeros([], jnp.int32))
 
     def update(
         updates: Tree, state: StochasticRoundingState, params: Tree = None, **extra_args: Any
@@ -99,7 +99,9 @@ def stochastic_rounding(
         check_state(state, StochasticRoundingState)
         check_given(params, "stochastic_rounding")
         check_weights(params, "stochastic_rounding")
-        steps, inner_state = inner.update(to_float32(updates), state.inner_state, seen_by(inner, params), **extra_args)
+        steps, inner_state = inner.update(
+            to_float32(updates), state.inner_state, as_seen_by(inner, params), **extra_args
+        )
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=implementation), state.step)
 
         def rounded(param: Any, step: jax.Array, index: int, axes: tuple[str, ...]) -> jax.Array:

@@ -54,9 +54,18 @@ def update_inner(
     return (steps, new) if taken is None else (stand_still(taken, steps), keep_state(taken, new, state))
 
 
+def to_float32(tree: T) -> T:
+    """Casts float leaves narrower than float32 to it, fp8 included; all others stay."""
+
+    def one(x: Any) -> Any:
+        return x.astype(FLOAT32) if hasattr(x, "dtype") and is_float8(x.dtype) else x
+
+    return jax.tree.map(one, widen(tree))
+
+
 def as_seen_by(inner: optax.GradientTransformation, params: T) -> T:
     """The parameters as `inner` is to see them: as stored, or in float32."""
-    return params if isinstance(inner, StoredTransform) else widen(params)
+    return params if isinstance(inner, StoredTransform) else to_float32(params)
 
 
 def update_to(old: Any, new: Any) -> jax.Array:
@@ -66,6 +75,8 @@ def update_to(old: Any, new: Any) -> jax.Array:
 
     The difference of the two is exact, or far below the rounding of the dtype, as long as `new` was rounded from
     `w + step` with `w` a float32 that rounds to `old` and `step` float32: what cancels is then on the grid of the two.
+    Two things no float32 update can do: make a zero -0.0, and hit a number under 2**-15 of `old` to more than 2**-23
+    of it where `old` was rounded up to a power of two. A difference past float32's range is its largest number.
 
     Args:
       old: the parameter, float16 or bfloat16.
@@ -73,7 +84,10 @@ def update_to(old: Any, new: Any) -> jax.Array:
     """
     wide_old, wide_new = (jnp.asarray(x).astype(FLOAT32) for x in (old, new))
     same = jax.lax.bitcast_convert_type(wide_old, jnp.int32) == jax.lax.bitcast_convert_type(wide_new, jnp.int32)
-    return jnp.where(same, jnp.float32(-0.0), wide_new - wide_old)
+    largest = float(jnp.finfo(FLOAT32).max)
+    change = wide_new - wide_old
+    finite = jnp.isfinite(wide_new) & jnp.isfinite(wide_old)
+    return jnp.where(same, jnp.float32(-0.0), jnp.where(finite, jnp.clip(change, -largest, largest), change))
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
@@ -98,8 +112,6 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         if not is_inexact_leaf(param):
             return param
         param, update = jnp.asarray(param), jnp.asarray(update)
-        dtype = param.dtype
-        wide = [x.astype(FLOAT32) if is_float8(x.dtype) else x for x in widen([param, update])]
-        return (wide[0] + wide[1]).astype(dtype)
+        return (to_float32(param) + to_float32(update)).astype(param.dtype)
 
     return jax.tree.map(one, params, updates, is_leaf=lambda x: x is None)
