@@ -107,7 +107,8 @@ def accumulate(
             return [g for g in jax.tree.leaves(grads) if not is_float0(g)], metrics if aux == "mean" else None
 
         def body(sums: Tree, i: Any) -> tuple[Tree, Any]:
-            result = jax.tree.unflatten(structure, run(i))
+            # Python's numbers come back as such, and weakly typed.
+            result = jax.tree.unflatten(structure, [_as_array(x) for x in run(i)])
             loss, metrics, grads = result
             finite = agreed(all_finite(grads), axis_name) if drop else None
             added = jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, to_sum(result))
@@ -263,6 +264,11 @@ def _check_has_mean(aux: Tree) -> None:
                 write='mp.accumulate(grad_fn, microbatches=4, aux="stack")',
             )
         )
+
+
+def _as_array(x: Any) -> Any:
+    """A strongly typed array of a number; float0 and keys stay."""
+    return jnp.asarray(x, jnp.result_type(x)) if isinstance(x, bool | int | float | complex) else x
 
 
 def _sum_dtype(dtype: Any) -> np.dtype[Any]:

@@ -41,6 +41,18 @@ def assert_close(got, true, rtol=1e-6):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=rtol * np.abs(b).max())
 
 
+@pytest.mark.parametrize("aux", ["mean", "stack"])
+def test_pythons_numbers_in_aux(aux):
+    def with_numbers(params, x, y):
+        return loss_fn(params, x, y), {"rate": 1.5, "rows": 3, "warm": True}
+
+    grad_fn = mp.value_and_grad(with_numbers, SCALE, has_aux=True)
+    for run in (lambda f: f, jax.jit):
+        (_, found), _ = run(mp.accumulate(grad_fn, 4, aux=aux))(PARAMS, X, Y)
+        assert [float(jnp.mean(found[name].astype(jnp.float32))) for name in ("rate", "rows", "warm")] == [1.5, 3, 1]
+        assert not any(x.weak_type for x in jax.tree.leaves(found))
+
+
 class TestMean:
     @pytest.mark.parametrize("n", [1, 2, 3, 16, 48])
     @pytest.mark.parametrize("jit", [False, True])

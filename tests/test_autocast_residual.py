@@ -32,6 +32,11 @@ def two_moments(x):
     return (x - mean) * jax.lax.rsqrt(variance + jnp.float32(1e-6))
 
 
+def by_variance(x):
+    """As equinox does it, and as most write it by hand."""
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + jnp.float32(1e-6))
+
+
 def embedded(params):
     return params["table"][TOKENS]
 
@@ -50,6 +55,10 @@ def normalised(params):
 
 def normalised_by_two_moments(params):
     return two_moments(embedded(params))
+
+
+def normalised_by_variance(params):
+    return by_variance(learned_positions(params))
 
 
 def sinusoidal(params):
@@ -99,7 +108,7 @@ def sums(fn, *args):
 @pytest.mark.parametrize("layers", [unrolled, scanned, rematerialised, jitted], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "start",
-    [embedded, taken, learned_positions, normalised, normalised_by_two_moments, sinusoidal],
+    [embedded, taken, learned_positions, normalised, normalised_by_two_moments, normalised_by_variance, sinusoidal],
     ids=lambda f: f.__name__,
 )
 def test_the_stream_is_low_from_the_start(start, layers, layer):
@@ -124,15 +133,75 @@ def test_the_stream_is_right(start, layer):
         assert jnp.linalg.norm(grad - true[name]) <= 0.05 * jnp.linalg.norm(true[name]), name
 
 
-def distances(positions, weights, senders, receivers):
-    return (positions[senders] - positions[receivers]) @ weights
+IDS, OTHERS = jnp.arange(16), jnp.arange(16)[::-1]
+WEIGHTS = jax.random.normal(jax.random.key(3), (WIDTH, 4))
+# Large beside their differences: what rounds them loses these.
+YEARS = 1990 + 20 * jax.random.uniform(jax.random.key(4), (16, WIDTH))
+drop = jax.jit(lambda x: jnp.where(IDS[:, None] > 3, x, jnp.zeros_like(x)) * jnp.float32(2))
 
 
-def test_differences_of_looked_up_coordinates_are_taken_in_float32():
-    """100.25 - 100 in bfloat16 is 0: a difference of neighbours must not be one of rounded numbers."""
-    positions = jnp.array([[100.0], [100.25]])
-    arguments = positions, jnp.ones((1, 1)), jnp.array([1]), jnp.array([0])
-    assert mp.autocast(distances, "mixed_bfloat16")(*arguments) == 0.25
+def used_twice(t):
+    """The first call of a function is returned; only the second goes into matrix work."""
+    x = t[IDS]
+    first, second = drop(x), drop(x)
+    return (second @ WEIGHTS) * jnp.float32(1e-9), first
+
+
+MAGNIFYING = {
+    "neighbours": lambda t: (t[IDS] - t[OTHERS]) @ WEIGHTS,
+    "scaled neighbours": lambda t: (t[IDS] - jnp.float32(1) * t[OTHERS]) @ WEIGHTS,
+    "neighbours by a sum": lambda t: (t[IDS] + jnp.float32(-1) * t[OTHERS]) @ WEIGHTS,
+    "an offset": lambda t: ((t[IDS] - jnp.float32(1990)) / jnp.float32(20)) @ WEIGHTS,
+    "an offset by a sum": lambda t: (t[IDS] + jnp.float32(-1990)) @ WEIGHTS,
+    "normalised over rows": lambda t: ((t[IDS] - t[IDS].mean(0)) / t[IDS].std(0)) @ WEIGHTS,
+    "mean of other rows": lambda t: (t[IDS] - t[OTHERS].mean(-1, keepdims=True)) @ WEIGHTS,
+    "the largest": lambda t: jax.nn.one_hot(t[IDS].argmax(-1), WIDTH) @ WEIGHTS,
+    "top k": lambda t: jax.lax.top_k(t[IDS], 2)[0] @ WEIGHTS[:2],
+    "full precision": lambda t: mp.full_precision(lambda x: x @ WEIGHTS)(t[IDS]),
+    "full precision in a jit": lambda t: jax.jit(mp.full_precision(lambda x: x @ WEIGHTS))(t[IDS]),
+    "keep precision": lambda t: mp.keep_precision(lambda x: x @ WEIGHTS)(t[IDS]),
+    "a sum before full precision": lambda t: mp.full_precision(lambda x: x @ WEIGHTS)(
+        jnp.exp(t[IDS] - jnp.float32(1990)) + (t @ WEIGHTS @ WEIGHTS.T) * jnp.float32(1e-3)
+    ),
+    "returned by another call": used_twice,
+}
+
+
+@pytest.mark.parametrize("name", MAGNIFYING)
+def test_a_lookup_is_not_rounded_before_what_would_magnify_it(name):
+    """Differences of neighbours, offsets, choices by size, and readers in float32 regions."""
+    found = [e for e in trace(mp.autocast(MAGNIFYING[name], "mixed_bfloat16"), YEARS) if e.primitive.name == "gather"]
+    assert found
+    got = mp.autocast(MAGNIFYING[name], "mixed_bfloat16")(YEARS)
+    true = MAGNIFYING[name](YEARS)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        assert jnp.linalg.norm(a - b) <= 0.01 * jnp.linalg.norm(b)
+    if "precision" in name and "sum" not in name:
+        np.testing.assert_array_equal(got, true)
+    if name == "returned by another call":
+        np.testing.assert_array_equal(got[1], true[1])
+
+
+@pytest.mark.parametrize("size", [1e5, 1e-8])
+@pytest.mark.parametrize("reads", [lambda x, c: x * c, lambda x, c: norm(x * c)], ids=["scaled", "normalised"])
+def test_float16_rounds_no_row_before_it_is_scaled(reads, size):
+    table = size * jax.random.uniform(jax.random.key(5), (16, WIDTH))
+    fn = lambda t: reads(t[IDS], jnp.float32(1 / size)) @ WEIGHTS
+    got, true = mp.autocast(fn, "mixed_float16")(table), fn(table)
+    assert jnp.linalg.norm(got - true) <= 2e-3 * jnp.linalg.norm(true)
+
+
+def test_a_rule_of_the_callers_own_on_the_way_is_no_way():
+    rules = mp.default_rules().with_rule("mul", "opaque", "as written")
+    fn = lambda t: (t[IDS] * jnp.float32(3)) @ WEIGHTS
+    products = [
+        dtypes(e.invars)
+        for e in trace(mp.autocast(fn, "mixed_bfloat16", rules=rules), YEARS)
+        if e.primitive.name == "mul"
+    ]
+    gathers = [e for e in trace(mp.autocast(fn, "mixed_bfloat16", rules=rules), YEARS) if e.primitive.name == "gather"]
+    assert products == [("float32", "float32")]
+    np.testing.assert_array_equal(dtypes(gathers[0].outvars), ("float32",))
 
 
 @pytest.mark.parametrize(

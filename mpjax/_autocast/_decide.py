@@ -3,16 +3,14 @@
 import enum
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from mpjax._autocast._ahead import feeds_matrix_work
 from mpjax._autocast._context import Context
 from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, reduced_mark
 from mpjax._autocast._patterns import is_half_of_a_pair, is_lookup, is_shift, is_softmax_input, match_softmax
-from mpjax._autocast._reads import Reads
+from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._regions import Region
 from mpjax._autocast._tables import COLLECTIVES, Kind
-from mpjax._compat import inner_jaxprs
+from mpjax._compat import inner_jaxprs, name_scopes
 from mpjax._dtypes import FLOAT16, FLOAT32
 
 
@@ -43,12 +41,12 @@ class Decision(NamedTuple):
     reason: str
 
 
-def decide(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
-    """What to do with an equation, and why."""
-    name = eqn.primitive.name
+def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
+    """What to do with an equation of the jaxpr that `outer` evaluates, and why."""
+    name, ctx = eqn.primitive.name, outer.inside(name_scopes(eqn))
     if ctx.region is Region.KEEP:
         return Decision(Action.WIDE, Mark.FREE, ctx.why_here)
-    if ctx.region is None and _is_embedding(ctx, eqn, ins, reads):
+    if ctx.region is None and _is_embedding(outer, eqn, ins, reads):
         return Decision(Action.NARROW, Mark.LOW, "rows of a table that matrix work reads in the end: an activation")
     if name in ctx.higher_order:
         return Decision(Action.ENTER, None, "entered: its body is rewritten")
@@ -71,6 +69,8 @@ def decide(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
         return Decision(Action.LOW, Mark.LOW, f"the policy takes sums over devices in {ctx.low}")
     if rule.kind is Kind.SUM:
         return Decision(Action.WIDE, reduced_mark(v.mark for v in ins), rule.reason)
+    if _is_residual_sum(outer, eqn, ins, reads):
+        return Decision(Action.NARROW, Mark.LOW, "a sum with an activation that matrix work reads in the end")
     return _follow(ctx, eqn, ins, reads, rule.reason)
 
 
@@ -88,8 +88,6 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
     mark = follow_mark(v.mark for v in ins)
     if mark is Mark.FULL and match_softmax(ctx.rules, eqn, reads):
         return Decision(Action.SOFTMAX, Mark.LOW, "a softmax that matrix work reads: float32 inside, kept in 16 bits")
-    if mark is Mark.FULL and _is_residual_sum(ctx, eqn, ins, reads):
-        return Decision(Action.NARROW, Mark.LOW, "a sum with an activation that matrix work reads in the end")
     if mark not in (Mark.LOW, Mark.NORMED):
         return Decision(Action.WIDE, mark, f"{reason}, and these are float32")
     if is_shift(eqn, reads):
@@ -117,25 +115,14 @@ def _is_embedding(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> boo
         is_lookup(eqn)
         and ctx.rules.of("gather").kind is Kind.FOLLOW
         and follow_mark(v.mark for v in ins) is Mark.FREE
-        and feeds_matrix_work(ctx.rules, eqn, reads)
+        and feeds_matrix_work(ctx, eqn, reads)
     )
 
 
 def _is_residual_sum(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:
     return (
         eqn.primitive.name == "add"
+        and follow_mark(v.mark for v in ins) is Mark.FULL
         and any(v.mark in (Mark.LOW, Mark.NORMED) for v in ins)
-        and feeds_matrix_work(ctx.rules, eqn, reads)
+        and feeds_matrix_work(ctx, eqn, reads)
     )
-
-
-def is_never(eqn: Any) -> str | None:
-    """Why the user decided already: other dtypes among the floats, or an accumulator of another dtype."""
-    dtypes = {getattr(atom.aval, "dtype", None) for atom in (*eqn.invars, *eqn.outvars)}
-    if FLOAT32 not in dtypes:
-        return "no float32 in it"
-    others = [d for d in dtypes if d is not None and d != FLOAT32 and jnp.issubdtype(d, jnp.floating)]
-    if others:
-        return f"written with {others[0]}"
-    preferred = eqn.params.get("preferred_element_type")
-    return None if preferred in (None, FLOAT32) else f"written to accumulate in {preferred}"

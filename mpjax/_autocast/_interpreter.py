@@ -8,10 +8,10 @@ import jax
 
 from mpjax._autocast import _weights
 from mpjax._autocast._context import Context, is_subject, marked
-from mpjax._autocast._decide import Action, Decision, decide, is_never
+from mpjax._autocast._decide import Action, Decision, decide
 from mpjax._autocast._marks import Mark, Value
 from mpjax._autocast._patterns import match_softmax
-from mpjax._autocast._reads import Reads
+from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._softmax import saturated
 from mpjax._autocast._tables import Kind
 from mpjax._compat import bind, equation_context, inner_jaxprs, is_literal, name_scopes, source_line
@@ -31,7 +31,7 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Val
     for eqn in jaxpr.eqns:
         ins = [read(atom) for atom in eqn.invars]
         here = ctx.inside(name_scopes(eqn))
-        decision = decide(here, eqn, ins, reads)
+        decision = decide(ctx, eqn, ins, reads)
         try:
             with equation_context(eqn):
                 if ctx.notes is None:

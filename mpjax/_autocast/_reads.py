@@ -5,10 +5,13 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from mpjax._autocast._marks import Value
 from mpjax._autocast._rules import Rules
 from mpjax._autocast._tables import Kind
 from mpjax._compat import inner_jaxprs, is_literal
+from mpjax._dtypes import FLOAT32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +80,15 @@ def is_through(eqn: Any, names: Container[str]) -> bool:
     if eqn.primitive.name != "jit":
         return eqn.primitive.name in names
     return all(is_through(inner, names) for jaxpr in inner_jaxprs(eqn) for inner in jaxpr.eqns)
+
+
+def is_never(eqn: Any) -> str | None:
+    """Why the user decided already: other dtypes among the floats, or an accumulator of another dtype."""
+    dtypes = {getattr(atom.aval, "dtype", None) for atom in (*eqn.invars, *eqn.outvars)}
+    if FLOAT32 not in dtypes:
+        return "no float32 in it"
+    others = [d for d in dtypes if d is not None and d != FLOAT32 and jnp.issubdtype(d, jnp.floating)]
+    if others:
+        return f"written with {others[0]}"
+    preferred = eqn.params.get("preferred_element_type")
+    return None if preferred in (None, FLOAT32) else f"written to accumulate in {preferred}"
