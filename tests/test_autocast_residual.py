@@ -127,7 +127,7 @@ def test_the_stream_is_right(start, layer):
     fn = functools.partial(model, start, scanned, layer)
     got, grads = jit(jax.value_and_grad(mp.autocast(fn, "mixed_bfloat16")))(PARAMS)
     expected, true = jit(jax.value_and_grad(fn))(PARAMS)
-    np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.3)
+    np.testing.assert_allclose(got, expected, rtol=0.01)
     for name, grad in grads.items():
         assert grad.dtype == jnp.float32
         assert jnp.linalg.norm(grad - true[name]) <= 0.05 * jnp.linalg.norm(true[name]), name
@@ -170,8 +170,6 @@ MAGNIFYING = {
 @pytest.mark.parametrize("name", MAGNIFYING)
 def test_a_lookup_is_not_rounded_before_what_would_magnify_it(name):
     """Differences of neighbours, offsets, choices by size, and readers in float32 regions."""
-    found = [e for e in trace(mp.autocast(MAGNIFYING[name], "mixed_bfloat16"), YEARS) if e.primitive.name == "gather"]
-    assert found
     got = mp.autocast(MAGNIFYING[name], "mixed_bfloat16")(YEARS)
     true = MAGNIFYING[name](YEARS)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
@@ -194,14 +192,10 @@ def test_float16_rounds_no_row_before_it_is_scaled(reads, size):
 def test_a_rule_of_the_callers_own_on_the_way_is_no_way():
     rules = mp.default_rules().with_rule("mul", "opaque", "as written")
     fn = lambda t: (t[IDS] * jnp.float32(3)) @ WEIGHTS
-    products = [
-        dtypes(e.invars)
-        for e in trace(mp.autocast(fn, "mixed_bfloat16", rules=rules), YEARS)
-        if e.primitive.name == "mul"
-    ]
-    gathers = [e for e in trace(mp.autocast(fn, "mixed_bfloat16", rules=rules), YEARS) if e.primitive.name == "gather"]
-    assert products == [("float32", "float32")]
-    np.testing.assert_array_equal(dtypes(gathers[0].outvars), ("float32",))
+    by_hand = (YEARS[IDS] * jnp.float32(3)).astype(jnp.bfloat16) @ WEIGHTS.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(mp.autocast(fn, "mixed_bfloat16", rules=rules)(YEARS), by_hand.astype(jnp.float32))
+    # By the default rules the rows are rounded before they are multiplied.
+    assert (mp.autocast(fn, "mixed_bfloat16")(YEARS) != by_hand.astype(jnp.float32)).any()
 
 
 @pytest.mark.parametrize(
@@ -218,8 +212,6 @@ def test_a_rule_of_the_callers_own_on_the_way_is_no_way():
 def test_other_lookups_keep_their_digits(reads):
     table = jnp.array([[1.001, 2.003], [3.007, 4.0001]])
     fn = lambda table: reads(table[jnp.array([1, 0])], jnp.eye(2))
-    found = [e for e in trace(mp.autocast(fn, "mixed_bfloat16"), table) if e.primitive.name == "gather"]
-    assert [dtypes(e.outvars) for e in found] == [("float32",)]
     # What is read beside matrix work, or instead of it, has all its digits.
     got, true = (jax.tree.leaves(f(table))[-1] for f in (mp.autocast(fn, "mixed_bfloat16"), fn))
     np.testing.assert_array_equal(got, true)
