@@ -182,9 +182,9 @@ class Module:
             if int(cycles) < 2**60
         )
 
-    def collectives(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """Count and bytes of the results of collectives, by kind and dtype; no results of one number."""
-        found: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
+    def collectives(self) -> list["Collective"]:
+        """The collectives of a run, but those of single numbers; one of several stages has one channel and is one."""
+        found: dict[str, Collective] = {}
         for computation, instructions in self.computations.items():
             for one in instructions:
                 kind = one.opcode.removesuffix("-start")
@@ -193,9 +193,52 @@ class Module:
                 arrays = array_bytes(one.type_text)
                 if one.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, contexts)
                     arrays = [max(arrays, key=lambda array: array[1])]
-                for dtype, size in arrays:
-                    if size > 8:
-                        count, total = found[kind, dtype]
-                        turns = self.turns[computation]
-                        found[kind, dtype] = (count + turns, total + turns * size)
-        return dict(found)
+                arrays = [array for array in arrays if array[1] > 8]
+                if arrays:
+                    channel = re.search(r"channel_id=(\d+)", one.rest)
+                    name = channel.group(1) if channel else one.name
+                    found[name] = Collective(kind, arrays, _group_size(one.rest), self.turns[computation])
+        return list(found.values())
+
+
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    Attributes:
+      kind: as in "all-gather".
+      results: dtype and bytes of each result, on one device.
+      devices: how many take part in it with one another.
+      turns: how often a run makes it.
+    """
+
+    kind: str
+    results: list[tuple[str, int]]
+    devices: int
+    turns: int
+
+    def sent(self) -> dict[str, float]:
+        """Bytes that one device sends in a run, by dtype: the least that any algorithm sends, which rings do."""
+        others = (self.devices - 1) / self.devices
+        factor = {
+            "all-gather": others,
+            "all-to-all": others,
+            "all-reduce": 2 * others,
+            "reduce-scatter": self.devices - 1.0,
+            "collective-permute": 1.0,
+        }
+        bytes_sent: dict[str, float] = defaultdict(float)
+        for dtype, size in self.results:
+            bytes_sent[dtype] += self.turns * factor[self.kind] * size
+        return dict(bytes_sent)
+
+
+def _group_size(rest: str) -> int:
+    """The devices in one group: of {{0,1},{2,3}}, of [groups,devices]<=[...], of mesh['x'=4,'y'=2] {'y'}."""
+    if mesh := re.search(r"replica_groups=@?mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return int(np.prod([int(sizes[name]) for name in re.findall(r"'(\w+)'", mesh.group(2))]))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(iota.group(1))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(listed.group(1).split(","))
+    return 2  # of a permute, which sends all that it has

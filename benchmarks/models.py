@@ -169,8 +169,11 @@ class Case(NamedTuple):
         return (*jax.eval_shape(self.init, key), jax.eval_shape(self.batch, key))
 
 
-def case(name: str, dtype: Any, *, tiny: bool = False, batch: int | None = None) -> Case:
-    """A model of `MODELS`, or `"lm-shared"`, in a dtype; `tiny` is for a look on a CPU."""
+_TINY, _DECODER = (2, 32, 2, 64), (6, 512, 8, 256)
+
+
+def case(name: str, dtype: Any, *, tiny: bool = False, batch: int | None = None, sizes: Any = None) -> Case:
+    """A model of `MODELS`, or `"lm-shared"`, in a dtype; `tiny` is for a look on a CPU, `sizes` for another decoder."""
     if name == "resnet50":
         sizes = {"stages": (1, 1), "width": 8} if tiny else {}
         return _of_images(ResNet(dtype, **sizes), batch or (2 if tiny else 64), 32 if tiny else 224)
@@ -180,7 +183,8 @@ def case(name: str, dtype: Any, *, tiny: bool = False, batch: int | None = None)
     if name == "encoder-decoder":
         model = EncoderDecoder(dtype, *((2, 32, 2, 64) if tiny else (6, 512, 8, 8192)))
         return _of_tokens(model, batch or (2 if tiny else 32), 16 if tiny else 256, sides=2)
-    model = LanguageModel(dtype, name[3:], *((2, 32, 2, 64) if tiny else (6, 512, 8, 256)))
+    sizes = sizes or dict(zip(("layers", "width", "heads", "vocabulary"), _TINY if tiny else _DECODER, strict=True))
+    model = LanguageModel(dtype, name[3:], **sizes)
     return _of_tokens(model, batch or (2 if tiny else 32), 16 if tiny else 512, sides=1)
 
 

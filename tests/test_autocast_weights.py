@@ -86,14 +86,97 @@ def test_sums_over_devices(policy, dtype):
     np.testing.assert_allclose(mapped(W, X), X.reshape(8, 8, 4).sum(0) @ W, atol=0.2)
 
 
-def test_gradients_of_replicated_weights_are_summed_in_float32():
-    """The sum over the mesh that shard_map's transpose puts in comes before the cast back."""
+@pytest.mark.parametrize(("policy", "dtype"), [("mixed_bfloat16", "float32"), (REDUCED_LOW, "bfloat16")])
+def test_gradients_of_replicated_weights(policy, dtype):
+    """The sums over the mesh that shard_map's transpose puts in, of a bias as of a matrix."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    cast = mp.autocast(loss, "mixed_bfloat16")
+    cast = mp.autocast(lambda params, x: loss(params["w"], x) + jnp.mean((x @ params["w"] + params["b"]) ** 2), policy)
+    params = {"w": W, "b": jnp.ones(3)}
 
-    def fn(w, x):
-        return jax.grad(lambda w: cast(w, x))(w)
+    def fn(params, x):
+        return jax.tree.map(lambda g: g / 8, jax.grad(lambda p: cast(p, x))(params))
 
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
-    found = [d for name in ("psum", "psum_invariant") for d in outputs(mapped, name, W, X)]
-    assert found == ["float32"]
+    found = [d for name in ("psum", "psum_invariant") for d in outputs(mapped, name, params, X)]
+    assert len(found) >= 2
+    assert set(found) == {dtype}
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=0.05), mapped(params, X), jax.grad(cast)(params, X))
+
+
+def fsdp(fn, policy, **options):
+    """The gradient of `fn`, whose weight lies in parts on eight devices, under autocast."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    gradient = jax.grad(mp.autocast(fn, policy))
+    return jax.shard_map(gradient, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"), **options)
+
+
+SHARDED = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("within", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"])
+@pytest.mark.parametrize(
+    ("policy", "low", "reduced"),
+    [
+        ("mixed_bfloat16", "bfloat16", "float32"),
+        ("mixed_float16", "float16", "float32"),
+        (REDUCED_LOW, "bfloat16", "bfloat16"),
+    ],
+    ids=["bfloat16", "float16", "reduced low"],
+)
+def test_sharded_weights_are_gathered_low(policy, low, reduced, within, check_vma):
+    """Written out by hand, in float32: an all-gather in the compute dtype, its transpose in the reduce dtype."""
+
+    def fn(w, x):
+        full = jax.lax.all_gather(w, "d", tiled=True)
+        return within(lambda w, x: loss(w.T, x))(full, x)
+
+    mapped = fsdp(fn, policy, check_vma=check_vma)
+    assert set(outputs(mapped, "all_gather", SHARDED, X)) == {low}
+    assert outputs(mapped, "reduce_scatter", SHARDED, X) == [reduced]
+    expected = jax.grad(lambda w, x: 8 * loss(w.T, x))(SHARDED, X)
+    np.testing.assert_allclose(mapped(SHARDED, X), expected, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        lambda full, x: jnp.mean(jnp.exp(x @ full.T)) + 1e-3 * jnp.sum(full**2),
+        lambda full, x: jnp.mean(jnp.exp(x @ (full / jnp.linalg.norm(full)).T)),
+        lambda full, x: jnp.mean(x @ mp.full_precision(lambda a: a.T)(full)),
+    ],
+    ids=["decay", "normalised", "region"],
+)
+def test_a_gathered_weight_that_something_else_reads_stays_float32(reader):
+    mapped = fsdp(lambda w, x: reader(jax.lax.all_gather(w, "d", tiled=True), x), "mixed_bfloat16")
+    assert set(outputs(mapped, "all_gather", SHARDED, X)) == {"float32"}
+
+
+def test_the_rules_decide_about_gathers():
+    rules = mp.default_rules().with_rule("all_gather", "full", reason="ours")
+
+    def fn(w, x):
+        return loss(jax.lax.all_gather(w, "d", tiled=True).T, x)
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    cast = mp.autocast(fn, "mixed_bfloat16", rules)
+    mapped = jax.shard_map(jax.grad(cast), mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"))
+    assert set(outputs(mapped, "all_gather", SHARDED, X)) == {"float32"}
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("tpu", "float32"), ("gpu", "bfloat16"), ("cpu", "bfloat16")])
+def test_convolutions(platform, dtype, monkeypatch):
+    """On TPUs their weight gradients are float32 too; cuDNN has no such convolution."""
+    monkeypatch.setattr("mpjax._compat.target_platform", lambda: platform)
+    kernel, images = jnp.ones((3, 3, 2, 4)), jnp.linspace(-1.0, 1.0, 2 * 8 * 8 * 2).reshape(2, 8, 8, 2)
+
+    def fn(kernel, images):
+        out = jax.lax.conv_general_dilated(
+            images, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=1
+        )
+        return jnp.mean(out**2)
+
+    gradient = jax.grad(mp.autocast(fn, "mixed_bfloat16"))
+    assert sorted(outputs(gradient, "conv_general_dilated", kernel, images)) == sorted(["bfloat16", dtype])
+    expected = jax.grad(fn)(kernel, images)
+    np.testing.assert_allclose(gradient(kernel, images), expected, atol=0.02 * float(jnp.abs(expected).max()))

@@ -401,3 +401,13 @@ def test_override_strings_are_data_and_never_code():
     code = 'import mpjax as mp; mp.get_policy(\'overrides={"a": "__import__(os)"}\')'
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "unknown policy '__import__(os)'" in done.stderr
+
+
+def test_cast_to_reduce():
+    """What collectives are given: floats alone, whatever the overrides."""
+    policy = mp.get_policy("params=float32,compute=bfloat16,output=float32,reduce=bfloat16")
+    grads = {"norm": jnp.ones(2), "step": jnp.array(3), "low": jnp.ones(2, jnp.float16), "none": None}
+    cast = policy.with_overrides({".*norm.*": "float32"}).cast_to_reduce(grads)
+    assert (str(cast["norm"].dtype), str(cast["low"].dtype)) == ("bfloat16", "bfloat16")
+    assert cast["step"] is grads["step"]
+    assert str(mp.get_policy("mixed_bfloat16").cast_to_reduce(grads)["low"].dtype) == "float32"

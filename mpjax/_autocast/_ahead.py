@@ -15,10 +15,11 @@ _CALLS = (
     *("jit", "remat2", "scan", "shard_map", "closed_call", "call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"),
 )
 # What an activation passes on its way, rounded or not. Not what orders or picks values, which rounding makes equal.
-_PASSES = (
-    *("add_any", "select_n", "broadcast_in_dim", "reshape", "transpose", "squeeze", "rev", "slice", "dynamic_slice"),
-    *("concatenate", "pad", "copy", "name"),
+_MOVES = (
+    *("broadcast_in_dim", "reshape", "transpose", "squeeze", "rev", "slice", "dynamic_slice", "concatenate", "pad"),
+    *("copy", "name"),
 )
+_PASSES = (*_MOVES, "add_any", "select_n")
 # What else a statistic passes between its sum and the activation that it normalises.
 _OF_STATISTICS = ("add", "sub", "mul", "div", "max", "sqrt", "rsqrt", "square", "integer_pow")
 # What lies between an activation and its mean.
@@ -36,7 +37,7 @@ class _Frame:
     outside: "_Frame | None" = None
 
 
-def feeds_matrix_work(ctx: Context, eqn: Any, reads: Reads) -> bool:
+def feeds_matrix_work(ctx: Context, eqn: Any, reads: Reads, only_moved: bool = False) -> bool:
     """Whether all that an equation makes goes into matrix work, past nothing that would magnify its rounding.
 
     Such a value is an activation, whatever it was made from: what reads it rounds it anyway. Scaling, residual sums and
@@ -47,8 +48,9 @@ def feeds_matrix_work(ctx: Context, eqn: Any, reads: Reads) -> bool:
       ctx: the evaluation of the jaxpr that the equation is in.
       eqn: the equation.
       reads: of that jaxpr.
+      only_moved: whether nothing but moving values about may lie between, as for a weight; in float16 too.
     """
-    if ctx.low == FLOAT16:
+    if ctx.low == FLOAT16 and not only_moved:
         return False
     top = _Frame(ctx, reads)
     frames: dict[Any, _Frame] = {}
@@ -78,6 +80,8 @@ def feeds_matrix_work(ctx: Context, eqn: Any, reads: Reads) -> bool:
                 return False
             elif kind is Kind.LOW:
                 found = True
+            elif only_moved and name not in _MOVES:
+                return False
             elif name == "reduce_sum" and kind is Kind.SUM:
                 summed = statistic or _over_last_axes(reader)
                 waiting.extend((frame, out, summed) for out in reader.outvars)

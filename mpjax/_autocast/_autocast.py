@@ -55,8 +55,12 @@ def autocast(
     hold matrix work.
 
     On GPUs and TPUs the weight gradients of dots are float32 as the accumulator has them, and are added up so over the
-    devices of a sharded `jit`, unless the policy's reduce dtype is the compute dtype. Those of convolutions are not:
-    cuDNN has no such convolution.
+    devices of a sharded `jit`, unless the policy's reduce dtype is the compute dtype. Those of convolutions are so on
+    TPUs alone: cuDNN has no such convolution.
+
+    Sharded weights travel in the compute dtype: those that a sharded `jit` gathers, and under `shard_map` what
+    `jax.lax.all_gather` makes of a weight that matrix work alone reads. There too gradients come back, and those of
+    replicated weights are added up, in the reduce dtype; for sums that you write yourself see `Policy.cast_to_reduce`.
 
     What the user decided stays: float64, complex, integer and fp8 values, values that are in half precision
     already, explicit casts and accumulation dtypes.

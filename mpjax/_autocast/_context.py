@@ -59,12 +59,17 @@ class Context:
         return dataclasses.replace(self, region=self.region or Region.FULL, forced=(Region.FULL, reason))
 
     @property
-    def keeps_gradients(self) -> bool:
-        """Whether weight gradients stay in float32, as the accumulator has them.
+    def keep_gradients(self) -> tuple[str, ...]:
+        """The matrix work whose weight gradients stay in float32, as the accumulator has them.
 
-        Not on CPUs, where XLA has no such product: BF16 x BF16 = F32 fails as it runs.
+        None on CPUs, where XLA has no such product: BF16 x BF16 = F32 fails as it runs. No convolution on GPUs: cuDNN
+        has none of low operands with a float32 result, and XLA widens the operands.
         """
-        return self.reduce != self.low and _compat.target_platform() != "cpu"
+        if self.reduce == self.low:
+            return ()
+        return {"cpu": (), "tpu": ("dot_general", "conv_general_dilated")}.get(
+            _compat.target_platform(), ("dot_general",)
+        )
 
     @property
     def why_here(self) -> str:

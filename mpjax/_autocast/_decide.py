@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from mpjax._autocast._ahead import feeds_matrix_work
 from mpjax._autocast._context import Context
-from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, reduced_mark
+from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, is_weight, reduced_mark
 from mpjax._autocast._patterns import is_half_of_a_pair, is_lookup, is_shift, is_softmax_input, match_softmax
 from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._regions import Region
-from mpjax._autocast._tables import COLLECTIVES, Kind
+from mpjax._autocast._tables import COLLECTIVES, GATHERS, Kind
 from mpjax._compat import inner_jaxprs, name_scopes
 from mpjax._dtypes import FLOAT16, FLOAT32
 
@@ -24,6 +24,7 @@ class Action(enum.Enum):
     ENTER = "its body rewritten"
     SOFTMAX = "as a softmax that is kept in the compute dtype"
     NARROW = "as it is, the result cast to the compute dtype"
+    ACROSS = "a float32 weight made known to more devices: there in the compute dtype, its gradient in the reduce dtype"
     SATURATE = "in float32, the result brought into the range of the compute dtype"
 
 
@@ -57,6 +58,8 @@ def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision
         return Decision(Action.WIDE, Mark.FREE, rule.reason)
     if why := is_never(eqn):
         return Decision(Action.WIDE, Mark.FREE, why)
+    if name == "pvary" and ctx.reduce != FLOAT32 and is_weight(ins[0]):
+        return Decision(Action.ACROSS, Mark.FREE, f"the policy takes sums over devices in {ctx.reduce}")
     if rule.kind is Kind.PASS:
         return Decision(Action.PASS, None, rule.reason)
     if ctx.region is Region.FULL:
@@ -69,6 +72,8 @@ def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision
         return Decision(Action.LOW, Mark.LOW, f"the policy takes sums over devices in {ctx.low}")
     if rule.kind is Kind.SUM:
         return Decision(Action.WIDE, reduced_mark(v.mark for v in ins), rule.reason)
+    if _is_gathered_weight(outer, eqn, ins, reads):
+        return Decision(Action.ACROSS, Mark.FREE, f"a weight that only matrix work reads travels in {ctx.low}")
     if _is_residual_sum(outer, eqn, ins, reads):
         return Decision(Action.NARROW, Mark.LOW, "a sum with an activation that matrix work reads in the end")
     return _follow(ctx, eqn, ins, reads, rule.reason)
@@ -116,6 +121,15 @@ def _is_embedding(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> boo
         and ctx.rules.of("gather").kind is Kind.FOLLOW
         and follow_mark(v.mark for v in ins) is Mark.FREE
         and feeds_matrix_work(ctx, eqn, reads)
+    )
+
+
+def _is_gathered_weight(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:
+    return (
+        eqn.primitive.name in GATHERS
+        and is_weight(ins[0])
+        and ctx.rules.of(eqn.primitive.name).kind is Kind.FOLLOW
+        and feeds_matrix_work(ctx, eqn, reads, only_moved=True)
     )
 
 

@@ -9,12 +9,13 @@ import jax
 from mpjax._autocast import _weights
 from mpjax._autocast._context import Context, is_subject, marked
 from mpjax._autocast._decide import Action, Decision, decide
-from mpjax._autocast._marks import Mark, Value
+from mpjax._autocast._marks import Mark, Value, is_weight
 from mpjax._autocast._patterns import match_softmax
 from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._softmax import saturated
-from mpjax._autocast._tables import Kind
+from mpjax._autocast._tables import GATHERS, Kind
 from mpjax._compat import bind, equation_context, inner_jaxprs, is_literal, name_scopes, source_line
+from mpjax._dtypes import FLOAT32
 from mpjax._errors import users_stacklevel
 
 
@@ -66,8 +67,8 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
             softmax = match_softmax(ctx.rules, eqn, reads)
             assert softmax, "decided so because it matches"
             return [Value(softmax(ctx.low), Mark.LOW)]
-        case Action.LOW if ctx.keeps_gradients and eqn.primitive.name == "dot_general" and any(map(_is_weight, ins)):
-            operands = [v.array if _is_weight(v) else ctx.narrow(v) for v in ins]
+        case Action.LOW if eqn.primitive.name in ctx.keep_gradients and any(map(is_weight, ins)):
+            operands = [v.array if is_weight(v) else ctx.narrow(v) for v in ins]
             params = {**eqn.params, "preferred_element_type": ctx.low}
             arrays = [_weights.dot(eqn.primitive, operands, ctx.low, params)]
         case Action.LOW:
@@ -79,6 +80,9 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
             else:
                 outs = [Value(array, Mark.FREE) for array in bind(eqn, [ctx.widen(v) for v in ins])]
             return [ctx.cast(value, Mark.LOW if value.mark else None) for value in outs]
+        case Action.ACROSS:
+            forward = ctx.low if eqn.primitive.name in GATHERS else FLOAT32
+            arrays = [_weights.across(eqn.primitive, ins[0].array, forward, ctx.reduce, eqn.params)]
         case Action.SATURATE:
             arrays = [saturated(x, ctx.low) for x in bind(eqn, [ctx.widen(v) for v in ins])]
         case Action.WIDE:
@@ -93,15 +97,10 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
     ]
 
 
-def _is_weight(value: Value) -> bool:
-    return value.mark is Mark.FREE and value.const is None
-
-
 def _narrowed(ctx: Context, value: Value, eqn: Any) -> Any:
     array, shape = value.array, eqn.outvars[0].aval.shape
     if (
-        value.mark is Mark.FREE
-        and value.const is None
+        is_weight(value)
         and eqn.primitive.name in _BROADCASTING
         and 0 < array.ndim == len(shape)
         and array.shape != shape

@@ -33,6 +33,11 @@ class Value:
     other: Any = None
 
 
+def is_weight(value: Value) -> bool:
+    """Whether a value is a parameter or an input, as given, and no number."""
+    return value.mark is Mark.FREE and value.const is None
+
+
 def follow_mark(marks: Iterable[Mark | None]) -> Mark | None:
     """The mark of an element-wise result: DESIGN section 5, row FOLLOW."""
     found = {mark for mark in marks if mark is not None}

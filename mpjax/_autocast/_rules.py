@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import warnings
 from collections.abc import Iterable
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any
 from mpjax._autocast._regions import Region
 from mpjax._autocast._tables import PRESETS, ROWS, Kind
 from mpjax._errors import listing, problem, users_stacklevel
-from mpjax._overrides import check_pattern
+from mpjax._path_patterns import check_pattern, matches_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class PathRule:
 
     def matches(self, path: tuple[str, ...]) -> bool:
         """Whether the pattern names a module on this path."""
-        return any(re.fullmatch(self.pattern, "/".join(path[:end]), re.IGNORECASE) for end in range(1, len(path) + 1))
+        return any(matches_path(self.pattern, "/".join(path[:end])) for end in range(1, len(path) + 1))
 
 
 # What is not in the table keeps its own dtypes: never silently narrowed.

@@ -128,6 +128,8 @@ ROWS = (
 
 # Sums over devices: taken in the policy's reduce dtype.
 COLLECTIVES = ("psum", "psum_invariant", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter")
+# What brings the parts of a sharded weight together.
+GATHERS = ("all_gather", "all_gather_invariant")
 
 _ELEMENTWISE, MOVES = (row.primitives for row in ROWS if row.kind is Kind.FOLLOW)
 

@@ -1,4 +1,4 @@
-"""Dots with float32 weights: low operands, and weight gradients that come out in float32.
+"""Float32 weights: dots with low operands whose weight gradients come out in float32, and copies on more devices.
 
 Not for convolutions: cuDNN has no convolution of low operands with a float32 result, and XLA widens the operands.
 
@@ -51,3 +51,31 @@ def dot(primitive: Any, operands: Sequence[Any], low: Any, params: dict[str, Any
 
     product.defjvp(jvp, symbolic_zeros=True)
     return product(*operands)
+
+
+def across(primitive: Any, weight: Any, forward: Any, backward: Any, params: dict[str, Any]) -> Any:
+    """Makes a weight known to more devices: in one dtype on the way there, in another one back, where gradients add up.
+
+    The result is float32 again, so that what reads it finds a weight; the compiler drops the two casts between.
+
+    Args:
+      primitive: `all_gather`, `pvary` or their like.
+      weight: float32.
+      forward: the dtype in which it travels.
+      backward: the dtype in which its gradients are summed.
+      params: the primitive's parameters.
+    """
+
+    def through(x: Any, dtype: Any) -> Any:
+        narrow = jax.lax.convert_element_type(x, dtype)
+        return jax.lax.convert_element_type(primitive.bind(narrow, **params), FLOAT32)
+
+    @jax.custom_jvp
+    def known(weight: Any) -> Any:
+        return through(weight, forward)
+
+    @known.defjvp
+    def _(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        return known(*primals), through(tangents[0], backward)
+
+    return known(weight)
