@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._errors import problem
+from mpjax._errors import problem, shortened
 
 # One row per dtype: its canonical name (what str() prints), then the other spellings that are read.
 _SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -61,7 +61,7 @@ def canonical_dtype(dtype: Any, what: str = "dtype") -> np.dtype[Any]:
     if found is None:
         raise ValueError(
             problem(
-                f"unknown {what} {dtype!r}.",
+                f"unknown {what} {shortened(dtype)}.",
                 expected=f"a floating dtype: {known_names()}",
                 write='"bfloat16" or jnp.bfloat16',
             )
@@ -79,6 +79,9 @@ def canonical_dtype(dtype: Any, what: str = "dtype") -> np.dtype[Any]:
 
 def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
     """What numpy takes `dtype` for, if that is no floating dtype."""
+    # Names alone: numpy has codes of a letter too, evaluates parts of other strings, and dies of "m8[2D/0]".
+    if isinstance(dtype, str) and not (dtype.isidentifier() and dtype[:3].isalpha() and 3 <= len(dtype) < 32):
+        return None
     try:
         found = jnp.dtype(dtype)
     except TypeError:

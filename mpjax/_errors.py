@@ -17,6 +17,13 @@ def problem(what: str, *, expected: str, write: str) -> str:
     return f"{what}\n  expected: {expected}\n  write:    {write}"
 
 
+def shortened(value: object, limit: int = 200) -> str:
+    """A value as a message quotes it: its repr, of a long string the beginning and the length."""
+    if isinstance(value, str) and len(value) > limit:
+        return f"{value[:limit]!r}... ({len(value)} characters)"
+    return repr(value)
+
+
 def users_stacklevel() -> int:
     """The `stacklevel` with which a warning from the caller names the user's line, and none of jax or mpjax."""
     libraries = (os.path.dirname(jax.__file__), os.path.dirname(__file__), "<")

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._dtypes import FLOAT32, HALF_NAMES, canonical_dtype, known_names
-from mpjax._errors import problem
+from mpjax._errors import problem, shortened
 from mpjax._hardware import half_dtype
+from mpjax._path_patterns import LONGEST_PATTERN
 
 PRESETS: Mapping[str, str] = {
     "mixed_bfloat16": "params=float32,compute=bfloat16,output=float32",
     "mixed_float16": "params=float32,compute=float16,output=float32",
     "mixed_float8": "params=float32,compute=float8_e4m3fn,output=float32",
 }
+LONGEST_POLICY = 100_000
 EXAMPLE = 'mp.get_policy("params=float32,compute=bfloat16,output=float32")'
 
 _KEYS = {
@@ -44,6 +46,14 @@ class ParsedPolicy(NamedTuple):
 
 def parse_policy(text: str) -> ParsedPolicy:
     """Reads a preset's name, one dtype's name, or `key=dtype` pairs with `overrides={JSON}` at the end."""
+    if len(text) > LONGEST_POLICY:
+        raise ValueError(
+            problem(
+                f"policy {shortened(text)} is no policy.",
+                expected=f"{LONGEST_POLICY} characters at most, with at most {LONGEST_PATTERN} in a pattern",
+                write=EXAMPLE,
+            )
+        )
     head, *tail = _OVERRIDES.split(text, maxsplit=1)
     head = head.strip().removesuffix(",") if tail else head
     head = PRESETS.get(head.strip().lower(), head)
@@ -59,7 +69,7 @@ def parse_policy(text: str) -> ParsedPolicy:
     except ValueError:
         raise ValueError(
             problem(
-                f"unknown policy {text!r}.",
+                f"unknown policy {shortened(text)}.",
                 expected=f"a preset ({', '.join(PRESETS)}), a dtype (half, {known_names()}), or key=dtype pairs",
                 write=EXAMPLE,
             )
@@ -79,7 +89,8 @@ def _parse_pairs(text: str, whole: str) -> dict[str, np.dtype[Any]]:
         if name is None or name in dtypes:
             raise ValueError(
                 problem(
-                    f"{'unknown key' if name is None else 'second value for'} {key.strip()!r} in policy {whole!r}.",
+                    f"{'unknown key' if name is None else 'second value for'} {shortened(key.strip())} in policy "
+                    f"{shortened(whole)}.",
                     expected="params, compute, output, reduce (or p, c, o, r) once each at most, then overrides={JSON}",
                     write=EXAMPLE,
                 )
@@ -91,12 +102,12 @@ def _parse_pairs(text: str, whole: str) -> dict[str, np.dtype[Any]]:
 def _parse_overrides(text: str) -> dict[str, str]:
     try:
         pairs = json.loads(text)
-    except json.JSONDecodeError as error:
-        pairs = error
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets without end
+        pairs = None
     if not isinstance(pairs, dict) or not all(isinstance(value, str) for value in pairs.values()):
         raise ValueError(
             problem(
-                f"overrides={text!r} is not a JSON object.",
+                f"overrides={shortened(text)} is not a JSON object.",
                 expected="a JSON object that maps patterns to policies, at the end of the string",
                 write='overrides={".*norm.*": "float32"}',
             )

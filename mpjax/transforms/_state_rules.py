@@ -1,6 +1,5 @@
 """Which leaves of an optimizer's state are moments, and which dtype patterns give them."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from mpjax._dtypes import canonical_dtype, is_float8
 from mpjax._errors import listing, problem
-from mpjax._overrides import check_pattern
+from mpjax._path_patterns import check_pattern, matches_path
 from mpjax._tree import is_float_leaf, path_name
 from mpjax._typing import Tree
 
@@ -65,7 +64,7 @@ def matches(state: Tree, params: Tree, rules: Mapping[str, np.dtype[Any]]) -> li
         if owner is None or not is_float or x.shape == ():
             return Match(name, None, None, ())
         texts = {name, *name.split("/")}
-        found = tuple(p for p in rules if any(re.fullmatch(p, text, re.IGNORECASE) for text in texts))
+        found = tuple(p for p in rules if any(matches_path(p, text) for text in texts))
         if len({rules[p] for p in found}) > 1:
             raise ValueError(
                 problem(
