@@ -18,16 +18,17 @@ from mpjax._convert import scale_gradients as scale_gradients
 from mpjax._dynamic_loss_scale import DynamicLossScale as DynamicLossScale
 from mpjax._grad import grad as grad
 from mpjax._grad import value_and_grad as value_and_grad
+from mpjax._hardware import cast_to_full as cast_to_full
+from mpjax._hardware import cast_to_half as cast_to_half
 from mpjax._hardware import half_dtype as half_dtype
 from mpjax._loss_scale import LossScale as LossScale
 from mpjax._loss_scale import NoOpLossScale as NoOpLossScale
 from mpjax._loss_scale import StaticLossScale as StaticLossScale
 from mpjax._overrides import default_overrides as default_overrides
 from mpjax._policy import Policy as Policy
-from mpjax._policy import cast_to_full as cast_to_full
-from mpjax._policy import cast_to_half as cast_to_half
 from mpjax._policy import default_policy as default_policy
 from mpjax._policy import get_policy as get_policy
+from mpjax._read_loss_scale import read_loss_scale as read_loss_scale
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import select_tree as select_tree
 from mpjax.diagnostics import explain as explain
@@ -40,7 +41,7 @@ __version__ = importlib.metadata.version("mpjax")
 
 
 def __getattr__(name: str) -> object:
-    # mpjax.nnx imports flax, which `import mpjax` does not.
-    if name == "nnx":
-        return importlib.import_module("mpjax.nnx")
+    # These import flax, which `import mpjax` does not.
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"mpjax.{name}")
     raise AttributeError(f"module 'mpjax' has no attribute {name!r}")

@@ -54,8 +54,8 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def with_value(*args: Any, **kwargs: Any) -> Any:
-        positions = _positions(argnums, len(args))
-        chosen = tuple(args[position] for position in positions)
+        numbers = positions(argnums, len(args))
+        chosen = tuple(args[number] for number in numbers)
         leaves, structure = jax.tree.flatten(chosen)
         trainable = [is_inexact_leaf(leaf) for leaf in leaves]
         _check_trainable(chosen, trainable)
@@ -64,10 +64,10 @@ def value_and_grad(
             moving = iter(floats)
             merged = [next(moving) if moves else leaf for leaf, moves in zip(leaves, trainable, strict=True)]
             call = list(args)
-            for position, value in zip(positions, jax.tree.unflatten(structure, merged), strict=True):
-                call[position] = value
-            loss, aux = _split(loss_fn(*call, **kwargs), has_aux)
-            loss = _checked_loss(loss)
+            for number, value in zip(numbers, jax.tree.unflatten(structure, merged), strict=True):
+                call[number] = value
+            loss, aux = split_aux(loss_fn(*call, **kwargs), has_aux)
+            loss = checked_loss(loss)
             return scale.scale(loss), (loss, aux)
 
         floats = [leaf for leaf, moves in zip(leaves, trainable, strict=True) if moves]
@@ -111,14 +111,14 @@ def grad(
     return without_value
 
 
-def _positions(argnums: Any, count: int) -> tuple[int, ...]:
+def positions(argnums: Any, count: int) -> tuple[int, ...]:
     """The arguments to differentiate, counted from 0."""
     wanted = tuple(argnums) if isinstance(argnums, tuple | list) else (argnums,)
     try:
-        positions = tuple(operator.index(n) for n in wanted)
+        found = tuple(operator.index(n) for n in wanted)
     except TypeError:
-        positions = (count,)
-    if not all(-count <= n < count for n in positions):
+        found = (count,)
+    if not all(-count <= n < count for n in found):
         raise ValueError(
             problem(
                 f"argnums is {argnums!r}, but the function was called with {count} positional arguments.",
@@ -126,15 +126,16 @@ def _positions(argnums: Any, count: int) -> tuple[int, ...]:
                 write="grad_fn(params, batch), the argument to differentiate without its keyword",
             )
         )
-    positions = tuple(n % count for n in positions)
-    if len(set(positions)) < len(positions):
+    found = tuple(n % count for n in found)
+    if len(set(found)) < len(found):
         raise ValueError(
             problem(f"argnums is {argnums!r}.", expected="each argument at most once", write="argnums=(0, 1)")
         )
-    return positions
+    return found
 
 
-def _split(result: Any, has_aux: bool) -> tuple[Any, Any]:
+def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    """What a loss function returned, as (loss, aux); without aux that is None."""
     if not has_aux:
         return result, None
     if not (isinstance(result, tuple) and len(result) == 2):
@@ -148,7 +149,8 @@ def _split(result: Any, has_aux: bool) -> tuple[Any, Any]:
     return result
 
 
-def _checked_loss(loss: Any) -> jax.Array:
+def checked_loss(loss: Any) -> jax.Array:
+    """The loss in float32 or wider, or an error if it is not one real number."""
     if not isinstance(loss, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
         raise TypeError(
             problem(

@@ -11,6 +11,8 @@ import numpy as np
 
 from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32
 from mpjax._errors import problem
+from mpjax._tree import cast_floats
+from mpjax._typing import T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,3 +224,23 @@ def half_dtype(device: Any = None) -> Any:
     True
     """
     return jnp.bfloat16 if hardware_of(device).half == BFLOAT16 else jnp.float16
+
+
+def cast_to_half(tree: T) -> T:
+    """Casts the float leaves of a tree to this machine's `half_dtype`; other leaves stay as they are.
+
+    >>> import jax.numpy as jnp, mpjax as mp
+    >>> mp.cast_to_half({"w": jnp.ones(2), "step": 3})["w"].dtype == mp.half_dtype()
+    True
+    """
+    return cast_floats(tree, half_dtype())
+
+
+def cast_to_full(tree: T) -> T:
+    """Casts the float leaves of a tree to float32; other leaves stay as they are.
+
+    >>> import jax.numpy as jnp, mpjax as mp
+    >>> mp.cast_to_full({"w": jnp.ones(2, jnp.bfloat16), "step": 3})
+    {'step': 3, 'w': Array([1., 1.], dtype=float32)}
+    """
+    return cast_floats(tree, FLOAT32)

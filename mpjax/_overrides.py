@@ -1,46 +1,60 @@
 """Exceptions by tree path: which rule holds for a leaf, and what is wrong when two or none do."""
 
-import functools
-import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
 from mpjax._errors import listing, problem
+from mpjax._path_patterns import matches_path
 from mpjax._tree import cast_leaf, is_float_leaf, path_name
 from mpjax._typing import T
 
 P = TypeVar("P")
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE)
+class Overrides(Generic[P]):
+    """Exceptions by path, and which of them were used."""
 
+    def __init__(self, overrides: Sequence[tuple[str, P]]):
+        self.overrides = overrides
+        self.unused = {pattern for pattern, _ in overrides}
 
-def check_pattern(pattern: str) -> None:
-    """Raises an error if `pattern` is not a regular expression, as a string."""
-    if not isinstance(pattern, str):
-        raise TypeError(
-            problem(
-                f"override {pattern!r} is a {type(pattern).__name__}.",
-                expected="a regular expression as a string; case is ignored",
-                write="r'.*norm.*'",
+    def of(self, *spellings: str) -> P | None:
+        """What the patterns say that match a path, in one of its spellings; None if there are none.
+
+        Raises:
+          ValueError: they disagree.
+        """
+        found = [(p, value) for p, value in self.overrides if any(matches_path(p, name) for name in spellings)]
+        self.unused.difference_update(pattern for pattern, _ in found)
+        if any(value != found[0][1] for _, value in found):
+            raise ValueError(
+                problem(
+                    f"{len(found)} overrides match {spellings[0]!r} and disagree:\n"
+                    f"{listing([f'{pattern!r}: {value}' for pattern, value in found])}",
+                    expected="patterns that match one path to name the same policy",
+                    write="narrower patterns, such as r'.*/norm_1/scale' in place of r'.*norm.*'",
+                )
             )
-        )
-    try:
-        _compiled(pattern)
-    except re.error as error:
-        raise ValueError(
-            problem(
-                f"override {pattern!r} is not a regular expression: {error}.",
-                expected="a pattern for whole paths such as params/LayerNorm_0/scale",
-                write="r'.*norm.*'",
+        return found[0][1] if found else None
+
+    def warn_of_unused(self, names: Sequence[str], what: str, stacklevel: int) -> None:
+        """Warns of patterns that matched none of the paths, if there are any."""
+        # A bare array has no path that a pattern could match: nothing to report.
+        if self.unused and names:
+            warnings.warn(
+                problem(
+                    f"overrides that match no path: {', '.join(map(repr, sorted(self.unused)))}. The paths are\n"
+                    f"{listing(names)}",
+                    expected=f"each pattern to match the whole path of at least one {what}",
+                    write="r'.*norm.*', with .* on both sides; cast batches with a policy that has no overrides",
+                ),
+                UserWarning,
+                stacklevel=stacklevel + 1,
             )
-        ) from None
 
 
 def cast_by_path(tree: T, default: P, overrides: Sequence[tuple[str, P]], dtype_of: Callable[[P], np.dtype[Any]]) -> T:
@@ -52,7 +66,7 @@ def cast_by_path(tree: T, default: P, overrides: Sequence[tuple[str, P]], dtype_
     Warns:
       UserWarning: an override matches no path of the tree.
     """
-    unused = {pattern for pattern, _ in overrides}
+    exceptions = Overrides(overrides)
     names = []
 
     def one(path: tuple[Any, ...], x: Any) -> Any:
@@ -62,33 +76,11 @@ def cast_by_path(tree: T, default: P, overrides: Sequence[tuple[str, P]], dtype_
         if path:
             names.append(name)
         # The name leaves out the .value of NNX's variables; a dataclass may have a parameter of that name.
-        spellings = {name, path_name(path, keep_value=True)}
-        found = [(p, value) for p, value in overrides if any(map(_compiled(p).fullmatch, spellings))]
-        unused.difference_update(pattern for pattern, _ in found)
-        if any(value != found[0][1] for _, value in found):
-            raise ValueError(
-                problem(
-                    f"{len(found)} overrides match {name!r} and disagree:\n"
-                    f"{listing([f'{pattern!r}: {value}' for pattern, value in found])}",
-                    expected="patterns that match one path to name the same policy",
-                    write="narrower patterns, such as r'.*/norm_1/scale' in place of r'.*norm.*'",
-                )
-            )
-        return cast_leaf(x, dtype_of(found[0][1] if found else default))
+        found = exceptions.of(name, path_name(path, keep_value=True))
+        return cast_leaf(x, dtype_of(default if found is None else found))
 
     result = jax.tree_util.tree_map_with_path(one, tree)
-    # A bare array has no path that a pattern could match: nothing to report.
-    if unused and names:
-        warnings.warn(
-            problem(
-                f"overrides that match no path: {', '.join(map(repr, sorted(unused)))}. The paths are\n"
-                f"{listing(names)}",
-                expected="each pattern to match the whole path of at least one float leaf",
-                write="r'.*norm.*', with .* on both sides; cast batches with a policy that has no overrides",
-            ),
-            UserWarning,
-            stacklevel=4,  # the caller of Policy.cast_to_*
-        )
+    exceptions.warn_of_unused(names, "float leaf", stacklevel=4)  # the caller of Policy.cast_to_*
     return result
 
 

@@ -8,12 +8,14 @@ from typing import Any, Self
 import jmp
 import numpy as np
 
+from mpjax._apply_to import AppliedPolicy, apply_to_module
 from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32, canonical_dtype, is_float8
 from mpjax._dynamic_loss_scale import DynamicLossScale
 from mpjax._errors import problem
-from mpjax._hardware import half_dtype, hardware_of
+from mpjax._hardware import hardware_of
 from mpjax._loss_scale import LossScale, NoOpLossScale
-from mpjax._overrides import cast_by_path, check_pattern
+from mpjax._overrides import cast_by_path
+from mpjax._path_patterns import check_pattern
 from mpjax._policy_grammar import EXAMPLE, parse_policy
 from mpjax._tree import cast_floats
 from mpjax._typing import T
@@ -31,7 +33,7 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
       compute_dtype: what `cast_to_compute` casts to. An 8-bit dtype names the operands of matmuls, which each
         need a scale of their own; a tree has none, so `cast_to_compute` then casts to bfloat16.
       output_dtype: what `cast_to_output` casts to.
-      reduce_dtype: the dtype that gradients are summed in across devices.
+      reduce_dtype: the dtype that gradients are summed in across devices; see `cast_to_reduce`.
       overrides: pairs of a path pattern and the policy of the parameters there; see `with_overrides`.
 
     The dtypes are `numpy.dtype`s; jmp's are scalar types, so `policy.compute_dtype(1.0)` is `jnp.asarray(1.0,
@@ -99,6 +101,20 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
         """Casts the float leaves of a tree to `output_dtype`. Outputs are no parameters: no overrides apply."""
         return cast_floats(x, self.output_dtype)
 
+    def cast_to_reduce(self, x: T) -> T:
+        """Casts the float leaves of a tree to `reduce_dtype`: gradients, before a collective sums them up.
+
+        For code that sums them itself, under `shard_map` or `pmap`. What a gradient sums over devices inside
+        `mpjax.autocast` is summed in `reduce_dtype` already. `mpjax.loss_scaled` widens the result to float32.
+
+        >>> import jax, jax.numpy as jnp, mpjax as mp
+        >>> policy = mp.get_policy("params=float32,compute=bfloat16,output=float32,reduce=bfloat16")
+        >>> mean = jax.vmap(lambda g: jax.lax.pmean(policy.cast_to_reduce(g), "data"), axis_name="data")
+        >>> mean(jnp.array([1.0, 3.0]))
+        Array([2, 2], dtype=bfloat16)
+        """
+        return cast_floats(x, self.reduce_dtype)
+
     def loss_scale(self) -> LossScale:
         """The loss scale that the compute dtype needs: dynamic for float16, none for all others.
 
@@ -110,19 +126,62 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
         """
         return DynamicLossScale() if self.compute_dtype == FLOAT16 else NoOpLossScale()
 
+    def apply_to(self, module: Any) -> AppliedPolicy:
+        """Sets the dtypes of a Flax NNX module and of all modules in it, for those who prefer that to `mpjax.autocast`.
+
+        `dtype` becomes the compute dtype and `param_dtype` the parameters' dtype, where a module has such an attribute;
+        the `nnx.Param`s that it has are cast. Batch statistics, random number states and all other variables stay. The
+        module is changed in place, a module that is shared once; it computes as its code makes of `dtype`: Flax's norms
+        take their statistics in float32, its attention takes the softmax in `dtype`, which `mpjax.autocast` does not.
+
+        An override holds for the modules whose whole path its pattern matches and for their own parameters, or for the
+        parameters that it matches: `r".*norm"` is a module, `r".*norm/scale"` is a parameter.
+
+        Args:
+          module: an `nnx.Module`, abstract ones (`nnx.eval_shape`) too.
+
+        Returns:
+          What was set, and which modules with parameters have no `dtype`; `print` it.
+
+        Raises:
+          TypeError: `module` is no NNX module.
+          ValueError: overrides that match one path disagree. Nothing was set then.
+
+        Warns:
+          UserWarning: an override matches no path.
+
+        >>> import mpjax as mp
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)))
+        >>> print(mp.get_policy("mixed_bfloat16").apply_to(model))
+        path             module  attribute    before   after
+        layers/0         Linear  dtype        None     bfloat16
+        layers/0         Linear  param_dtype  float32  float32
+        layers/0/kernel  Param   value        float32  float32
+        """
+        return apply_to_module(
+            module,
+            self,
+            self.overrides,
+            lambda policy: _tree_dtype(policy, "compute_dtype"),
+            lambda policy: policy.param_dtype,
+        )
+
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """Returns this policy with exceptions for parameters at some paths.
 
         A pattern is a regular expression that must match a leaf's whole path, ignoring case. Paths are written
-        `"params/encoder/LayerNorm_0/scale"`, for dicts, Linen, NNX states, tuples and dataclasses alike.
+        `"params/encoder/LayerNorm_0/scale"`, for dicts, Linen, NNX states, tuples and dataclasses alike. They
+        may come from anywhere: none takes more than polynomial time, and what could is refused.
 
         Args:
           overrides: maps patterns to a `Policy`, a policy string or a dtype (which then is the dtype of
             parameters and computation there). They replace any overrides there were.
 
         Raises:
-          ValueError: a pattern is not a regular expression, or a policy has overrides of its own. On a cast,
-            when two patterns that match one path name different policies.
+          ValueError: a pattern is not a regular expression, has more than 10,000 characters, a backreference, a
+            condition, an atomic group or a possessive repeat; or a policy has overrides of its own. On a cast, when
+            two patterns that match one path name different policies.
 
         Warns:
           UserWarning: on a cast of a tree (not of a bare array), when a pattern matches no path in it.
@@ -160,7 +219,8 @@ def get_policy(policy: Any) -> Policy:
         gave, or a policy already (a `jmp.Policy` is converted).
 
     Raises:
-      ValueError: the name, a key or a dtype is unknown, or a key is given twice.
+      ValueError: the name, a key or a dtype is unknown, a key is given twice, or there are more than 100,000
+        characters.
       TypeError: a dtype is not floating, or `policy` is neither a string nor a policy.
 
     >>> import mpjax as mp
@@ -195,26 +255,6 @@ def default_policy(device: Any = None) -> Policy:
     mpjax.get_policy('params=float32,compute=float32,output=float32')
     """
     return Policy(FLOAT32, hardware_of(device).compute, FLOAT32)
-
-
-def cast_to_half(tree: T) -> T:
-    """Casts the float leaves of a tree to this machine's `half_dtype`; other leaves stay as they are.
-
-    >>> import jax.numpy as jnp, mpjax as mp
-    >>> mp.cast_to_half({"w": jnp.ones(2), "step": 3})["w"].dtype == mp.half_dtype()
-    True
-    """
-    return cast_floats(tree, half_dtype())
-
-
-def cast_to_full(tree: T) -> T:
-    """Casts the float leaves of a tree to float32; other leaves stay as they are.
-
-    >>> import jax.numpy as jnp, mpjax as mp
-    >>> mp.cast_to_full({"w": jnp.ones(2, jnp.bfloat16), "step": 3})
-    {'step': 3, 'w': Array([1., 1.], dtype=float32)}
-    """
-    return cast_floats(tree, FLOAT32)
 
 
 def _tree_dtype(policy: Policy, kind: str) -> np.dtype[Any]:

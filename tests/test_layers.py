@@ -15,12 +15,13 @@ PACKAGE = Path(mpjax.__file__).parent
 # A file imports only from rows above its own; cli imports everything and nothing imports it.
 ROWS = [
     ["_compat", "_typing", "_errors"],
-    ["_dtypes", "_state"],
+    ["_dtypes", "_state", "_path_patterns"],
     ["_tree"],
     ["_hardware", "_loss_scale"],
     ["_dynamic_loss_scale", "_policy_grammar", "_overrides"],
-    ["_convert"],
-    ["_policy", "_grad", "_accumulate", "_autocast._marks", "_autocast._tables", "_autocast._regions"],
+    ["_convert", "_apply_to"],
+    ["_policy", "_grad", "_accumulate", "_read_loss_scale"],
+    ["_autocast._marks", "_autocast._tables", "_autocast._regions"],
     ["_autocast._rules"],
     ["_autocast._reads", "_autocast._context", "_autocast._softmax", "_autocast._weights"],
     ["_autocast._patterns", "_autocast._ahead"],
@@ -34,10 +35,16 @@ ROWS = [
     ["transforms._skip_on_overflow", "transforms._half_weights", "transforms._state_rules"],
     ["transforms._loss_scaled", "transforms._kahan", "transforms._master_weights", "transforms._stochastic_rounding"],
     ["transforms._params_ema", "transforms._state_dtypes"],
-    ["transforms", "diagnostics._explanation", "diagnostics._flops"],
-    ["diagnostics._explain", "diagnostics._state_kinds"],
-    ["diagnostics._memory"],
-    ["diagnostics", "nnx"],
+    ["transforms", "diagnostics._explanation", "diagnostics._flops", "diagnostics._tree_stats"],
+    ["diagnostics._place", "diagnostics._traced"],
+    ["diagnostics._explain", "diagnostics._state_kinds", "diagnostics._gradient_monitor"],
+    ["diagnostics._taps", "diagnostics._located", "diagnostics._worlds"],
+    ["diagnostics._memory", "diagnostics._summary_value", "diagnostics._amax", "diagnostics._reasons"],
+    ["diagnostics._advice", "diagnostics._search"],
+    ["diagnostics._summary", "diagnostics._locate"],
+    ["diagnostics._logging"],
+    ["diagnostics", "nnx._autocast", "nnx._grad"],
+    ["nnx", "linen"],
     [""],
     ["cli"],
 ]
@@ -109,8 +116,9 @@ def test_only_cli_imports_flax(path):
     assert found <= ALLOWED.get(str(path), set())
 
 
-# NNX's own room, which `import mpjax` does not open; a table that rich prints when it is asked to.
-ALLOWED = {"nnx.py": {"flax"}, "diagnostics/_explanation.py": {"rich"}, "diagnostics/_memory.py": {"rich"}}
+# Flax's own rooms, which `import mpjax` does not open; a table that rich prints when it is asked to.
+ALLOWED = {name: {"flax"} for name in ("linen.py", "nnx/_autocast.py", "nnx/_grad.py")}
+ALLOWED |= {"diagnostics/_explanation.py": {"rich"}, "diagnostics/_memory.py": {"rich"}}
 
 
 @pytest.mark.parametrize("module", ["mpjax", "mpjax.cli"])
@@ -132,8 +140,9 @@ def test_public_names_are_documented_and_runnable():
         assert thing.__doc__, name
         # The abstract base has no use of its own; its three members show it.
         assert ">>>" in thing.__doc__ or name == "LossScale", f"mpjax.{name} has no example"
-    for name in dir(mpjax.transforms):
-        thing = getattr(mpjax.transforms, name)
-        if not name.startswith("_") and callable(thing):
-            assert thing.__doc__, name
-            assert ">>>" in thing.__doc__ or name.endswith("State"), f"mpjax.transforms.{name} has no example"
+    for room in (mpjax.transforms, mpjax.nnx, mpjax.linen):
+        for name, thing in vars(room).items():
+            ours = callable(thing) and getattr(thing, "__module__", "").startswith(room.__name__)
+            if not name.startswith("_") and ours:
+                assert thing.__doc__, name
+                assert ">>>" in thing.__doc__ or name.endswith("State"), f"{room.__name__}.{name} has no example"

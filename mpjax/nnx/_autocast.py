@@ -1,4 +1,4 @@
-"""Autocast for functions that take Flax NNX modules: `mpjax.nnx`."""
+"""Autocast for functions that take Flax NNX modules."""
 
 import dataclasses
 import functools
