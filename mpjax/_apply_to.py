@@ -47,7 +47,7 @@ class AppliedPolicy(NamedTuple):
     without_dtype: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = [Setting._fields, *self.settings]
+        rows = [Setting._fields, *(row._replace(path=row.path or "<root>") for row in self.settings)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(Setting._fields))]
         lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{path or '<root>'}: no dtype to set, computes as its code says" for path in self.without_dtype]
@@ -69,7 +69,7 @@ def apply_to_module(
             problem(
                 f"module is a {type(module).__name__}.",
                 expected="a Flax NNX module; Linen's are immutable and take dtypes when they are made",
-                write="policy.apply_to(nnx_module), or Model(dtype=policy.compute_dtype, param_dtype=policy.param_dtype)",
+                write="policy.apply_to(module), or Module(dtype=policy.compute_dtype, param_dtype=policy.param_dtype)",
             )
         )
     exceptions = Overrides(overrides)
@@ -77,9 +77,8 @@ def apply_to_module(
     settings, without_dtype = [], []
     changes: list[tuple[Callable[[], None], Callable[[], None]]] = []  # what sets a dtype, and what takes that back
 
-    def policy_at(inherited: P, *spellings: str) -> P:
-        names.extend(filter(None, spellings[:1]))
-        found = exceptions.of(*spellings)
+    def policy_at(path: str, inherited: P) -> P:
+        found = exceptions.of(path)
         return inherited if found is None else found
 
     modules = dict(nnx.iter_modules(module))
@@ -92,23 +91,29 @@ def apply_to_module(
 
     for parts, one in modules.items():
         path = "/".join(map(str, parts))
-        policy = policy_at(default, path)
+        held = [attribute for attribute in ("dtype", "param_dtype") if _holds_dtype(one, attribute)]
+        if not held and not parameters[parts]:
+            continue
+        names.append(path or "<root>")
+        policy = policy_at(path, default)
         for attribute, dtype_of in (("dtype", compute_dtype), ("param_dtype", param_dtype)):
-            if _holds_dtype(one, attribute):
-                before, after = getattr(one, attribute), dtype_of(policy_at(policy, path, _joined(path, attribute)))
+            if attribute in held:
+                before, after = getattr(one, attribute), dtype_of(policy_at(_joined(path, attribute), policy))
                 shown = "None" if before is None else str(jnp.dtype(before))
                 settings.append(Setting(path, type(one).__name__, attribute, shown, str(after)))
-                changes.append(tuple(functools.partial(setattr, one, attribute, x) for x in (after, before)))
+                set_to = functools.partial(setattr, one, attribute)
+                changes.append((functools.partial(set_to, after), functools.partial(set_to, before)))
             elif attribute == "dtype" and parameters[parts]:
                 without_dtype.append(path)
-        for parts, variable in parameters[parts]:
+        for variable_parts, variable in parameters[parts]:
             value = variable.get_value()
             if is_float_leaf(value):
-                name = "/".join(map(str, parts))
-                after = param_dtype(policy_at(policy, name))
+                name = "/".join(map(str, variable_parts))
+                names.append(name)
+                after = param_dtype(policy_at(name, policy))
                 settings.append(Setting(name, type(variable).__name__, "value", str(value.dtype), str(after)))
-                cast = cast_leaf(value, after)
-                changes.append(tuple(functools.partial(variable.set_value, x) for x in (cast, value)))
+                set_to = variable.set_value
+                changes.append((functools.partial(set_to, cast_leaf(value, after)), functools.partial(set_to, value)))
     # Where warnings are errors, this is one; nothing is set yet.
     exceptions.warn_of_unused(names, "module or parameter", stacklevel=3)  # the caller of Policy.apply_to
     _all_or_none(changes)

@@ -41,7 +41,7 @@ class Overrides(Generic[P]):
             )
         return found[0][1] if found else None
 
-    def warn_of_unused(self, names: Sequence[str], what: str, stacklevel: int) -> None:
+    def warn_of_unused(self, names: list[str], what: str, stacklevel: int) -> None:
         """Warns of patterns that matched none of the paths, if there are any."""
         # A bare array has no path that a pattern could match: nothing to report.
         if self.unused and names:

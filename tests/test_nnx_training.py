@@ -63,6 +63,7 @@ def train_step(loss, model, optimizer, x, **options):
     return value
 
 
+@pytest.mark.slow
 def test_values_are_those_of_nnx():
     """The true loss, and gradients that are those of NNX times the scale, exactly."""
     model = Net(nnx.Rngs(0))
@@ -76,7 +77,7 @@ def test_values_are_those_of_nnx():
     assert jnp.abs(model.norm.mean[...]).max() > 0
 
 
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_skipped_step_leaves_nothing_in_the_module(jit):
     """flax's F14 and N10: there statistics are lost or NaN for good, and parameters NaN."""
     model, optimizer, loss = make()
@@ -156,6 +157,7 @@ def test_model_and_optimizer():
     assert step(optimizer, X) < first
 
 
+@pytest.mark.slow
 def test_half_precision_parameters():
     """bfloat16 parameters with exact masters; flax's N9: moments in bfloat16, small steps lost."""
     model, optimizer, loss = make("mixed_bfloat16")
