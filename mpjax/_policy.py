@@ -131,11 +131,12 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
 
         `dtype` becomes the compute dtype and `param_dtype` the parameters' dtype, where a module has such an attribute;
         the `nnx.Param`s that it has are cast. Batch statistics, random number states and all other variables stay. The
-        module is changed in place, a module that is shared once; it computes as its code makes of `dtype`: Flax's norms
-        take their statistics in float32, its attention takes the softmax in `dtype`, which `mpjax.autocast` does not.
+        module is changed in place, what is shared once; it computes as its code makes of `dtype`: Flax's norms take
+        their statistics in float32, its attention takes the softmax in `dtype`, which `mpjax.autocast` does not.
 
         An override holds for the modules whose whole path its pattern matches and for their own parameters, or for the
-        parameters that it matches: `r".*norm"` is a module, `r".*norm/scale"` is a parameter.
+        parameters or attributes that it matches: `.*norm`, `.*norm/scale`, `.*norm/dtype`. Paths are those of
+        `nnx.state`, which gives what is shared one path, the first.
 
         Args:
           module: an `nnx.Module`, abstract ones (`nnx.eval_shape`) too.

@@ -49,6 +49,9 @@ STATES = {
         name: mp.loss_scaled(around(optax.adam(1e-3)), LOSS_SCALES["dynamic"]).init(PARAMS)
         for name, around in AROUND.items()
     },
+    "gradient_monitor": mp.diagnostics.gradient_monitor(
+        mp.loss_scaled(optax.adam(1e-3), LOSS_SCALES["dynamic"]), dtype="float16", exponents=(-2, 2)
+    ).init(PARAMS),
 }
 
 

@@ -1,11 +1,32 @@
-"""Diagnostics: which operation runs in which precision, and why; what weights and optimizer state take."""
+"""Diagnostics: which operation runs in which precision, what overflows, what gradients lose, what state takes."""
 
+from mpjax.diagnostics._amax import Amaxes as Amaxes
+from mpjax.diagnostics._amax import record_amax as record_amax
 from mpjax.diagnostics._explain import explain as explain
 from mpjax.diagnostics._explanation import Cast as Cast
 from mpjax.diagnostics._explanation import Difference as Difference
 from mpjax.diagnostics._explanation import Explanation as Explanation
 from mpjax.diagnostics._explanation import NotEntered as NotEntered
 from mpjax.diagnostics._explanation import Operation as Operation
+from mpjax.diagnostics._gradient_monitor import GradientMonitorState as GradientMonitorState
+from mpjax.diagnostics._gradient_monitor import NonFiniteStep as NonFiniteStep
+from mpjax.diagnostics._gradient_monitor import gradient_monitor as gradient_monitor
+from mpjax.diagnostics._locate import locate_nonfinite as locate_nonfinite
+from mpjax.diagnostics._located import BadOperation as BadOperation
+from mpjax.diagnostics._located import NonFinite as NonFinite
+from mpjax.diagnostics._located import ValueRange as ValueRange
+from mpjax.diagnostics._logging import JsonLines as JsonLines
+from mpjax.diagnostics._logging import scalars as scalars
+from mpjax.diagnostics._logging import write_scalars as write_scalars
 from mpjax.diagnostics._memory import MemoryRow as MemoryRow
 from mpjax.diagnostics._memory import MemoryTable as MemoryTable
 from mpjax.diagnostics._memory import memory_table as memory_table
+from mpjax.diagnostics._place import Frame as Frame
+from mpjax.diagnostics._summary import summary as summary
+from mpjax.diagnostics._summary_value import Advice as Advice
+from mpjax.diagnostics._summary_value import FormatLoss as FormatLoss
+from mpjax.diagnostics._summary_value import Measured as Measured
+from mpjax.diagnostics._summary_value import SkippedStep as SkippedStep
+from mpjax.diagnostics._summary_value import Summary as Summary
+from mpjax.diagnostics._tree_stats import TreeStats as TreeStats
+from mpjax.diagnostics._tree_stats import tree_stats as tree_stats

@@ -72,6 +72,9 @@ def loss_scaled(
     It takes the still-scaled gradients of `mpjax.value_and_grad(loss_fn, mpjax.get_loss_scale(opt_state))`.
     Put it outermost, around `optax.chain` and `optax.MultiSteps`, for the reasons that `skip_on_overflow` gives.
 
+    A skipped step does not count inside: schedules, bias corrections and `optax.MultiSteps` go by the steps that were
+    taken. A counter outside, such as the `step` of Flax's `TrainState`, counts all; `skips_total` is the difference.
+
     Where an overflow was seen that the gradients do not show any more (`mpjax.accumulate` dropped a microbatch), say
     `tx.update(grads, opt_state, params, overflowed=dropped.any())`: the step is taken, and the scale backs off.
 
