@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import aot  # noqa: F401 # isort: skip  # before jax: it says that there is only the CPU
+import cpu_only  # noqa: F401 # isort: skip  # before jax
 
 import flax
 import jax

@@ -9,7 +9,6 @@ the tables into RESULTS.md.
 """
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from aot import Cost, compile_for_v5e  # isort: skip  # before jax: it sets what libtpu reads
+import cpu_only  # noqa: F401 # isort: skip  # before jax
 
 import jax
 import jax.numpy as jnp
@@ -94,25 +93,25 @@ def variants(clip: bool, avals: Any) -> dict[str, tuple[Any, Callable[..., Any]]
     }
 
 
-def measure(clip: bool, side: int) -> dict[str, Cost]:
+def measure(clip: bool, side: int) -> dict[str, mp.aot.Report]:
     avals = [jax.ShapeDtypeStruct((side, side), jnp.float32)] * 8
     costs = {}
     for name, (state, step) in variants(clip, avals).items():
         print(f"compiling: {name}{' with clipping' if clip else ''}", file=sys.stderr)
-        costs[name] = cost = compile_for_v5e(step, avals, state, avals, donate=(0, 1))
-        if name.startswith("mp.") and cost.leaves_the_device:
-            raise SystemExit(f"{name} leaves the device: {cost.leaves_the_device}")
+        costs[name] = cost = mp.aot.compile_for("v5e", step, avals, state, avals, donate_argnums=(0, 1))
+        if name.startswith("mp.") and cost.host_transfers:
+            raise SystemExit(f"{name} leaves the device: {cost.host_transfers}")
     return costs
 
 
-def table(costs: dict[str, Cost], gradient_bytes: int) -> str:
+def table(costs: dict[str, mp.aot.Report], gradient_bytes: int) -> str:
     plain = next(iter(costs.values()))
     rows = ["| step | bytes accessed | main memory | estimated cycles | temporaries |", "| --- " * 5 + "|"]
     for name, cost in costs.items():
-        reads = (cost.hbm_bytes - plain.hbm_bytes) / gradient_bytes
+        reads = (cost.main_memory_bytes - plain.main_memory_bytes) / gradient_bytes
         rows.append(
             f"| {name} | {cost.bytes_accessed / 1e6:.0f} MB ({cost.bytes_accessed / plain.bytes_accessed:.3f}x) "
-            f"| {cost.hbm_bytes / 1e6:.0f} MB ({reads:+.2f} reads of the gradients) "
+            f"| {cost.main_memory_bytes / 1e6:.0f} MB ({reads:+.2f} reads of the gradients) "
             f"| {cost.estimated_cycles / 1e3:.0f} k ({cost.estimated_cycles / plain.estimated_cycles:.3f}x) "
             f"| {cost.temp_bytes / 1e6:.1f} MB |"
         )
@@ -126,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sides = " ".join(map(str, arguments.sides))
     parts = [
-        f"Compiled for one TPU v5e chip by libtpu {importlib.metadata.version('libtpu')}; jax {jax.__version__}, "
+        f"Compiled for one TPU v5e chip by {mp.aot.compiler_version('v5e')}; jax {jax.__version__}, "
         f"optax {optax.__version__}, mpjax {mp.__version__}. Command: `python benchmarks/step_cost.py --sides {sides}`."
     ]
     for side in arguments.sides:

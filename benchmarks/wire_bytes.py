@@ -12,13 +12,12 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import aot  # isort: skip  # before jax: it sets what libtpu reads
+import cpu_only  # noqa: F401 # isort: skip  # before jax
 
 import flax
 import jax
@@ -27,12 +26,11 @@ import models
 import numpy as np
 import optax
 from flax import linen as nn
-from hlo import Module
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kept import kept
 from results import write_section
 
 import mpjax as mp
-from mpjax import _compat
 
 LAYOUTS = {"dp": "DP", "fsdp": "FSDP", "tp": "DP x TP 4"}
 POLICIES = {
@@ -43,6 +41,7 @@ VARIANTS = ("float32", "by hand", *POLICIES)
 MODEL, MORE = "lm-scan-remat", ("lm", "lm-scan")
 SIZES = {"layers": 6, "width": 2048, "heads": 16, "vocabulary": 256}
 ROWS_A_CHIP = 8
+SHORT = {"float32": "f32", "bfloat16": "bf16", "int32": "s32", "uint32": "u32"}
 # Else the gathers of weights are taken apart into permutes, and a table cannot tell them from the gradients' sums.
 OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # Of each matrix in a layer, the axis over which Megatron's tensor parallelism shards it, from the end.
@@ -51,7 +50,7 @@ TENSOR_PARALLEL += ((r"Layer_0/Dense_1/kernel", -2), (r"(query|key|value)/bias",
 
 
 def mesh_of(chips: str, layout: str) -> Mesh:
-    devices = np.array(aot.devices("v5e", chips))
+    devices = np.array(mp.aot.devices("v5e", chips))
     return Mesh(devices.reshape(-1, 4 if layout == "tp" else 1), ("data", "model"))
 
 
@@ -71,7 +70,7 @@ def spec_of(layout: str, mesh: Mesh, path: Any, aval: Any) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def compile_step(layout: str, chips: str, model: str, variant: str) -> aot.Cost:
+def compile_step(layout: str, chips: str, model: str, variant: str) -> mp.aot.Report:
     mesh = mesh_of(chips, layout)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     batch_size = ROWS_A_CHIP * mesh.shape["data"]
@@ -102,31 +101,32 @@ def compile_step(layout: str, chips: str, model: str, variant: str) -> aot.Cost:
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), batch)
     out = (*shardings, NamedSharding(mesh, PartitionSpec()))
-    return aot.compile_sharded(
+    return mp.aot.compile_for(
         "v5e", step, *state, batch, compiler_options=OPTIONS, out_shardings=out, donate_argnums=(0, 1)
     )
 
 
-def measure(layout: str, chips: str, model: str, variant: str) -> aot.Cost:
+def measure(layout: str, chips: str, model: str, variant: str) -> mp.aot.Report:
     names = ("wire", layout, chips, model, variant)
     parts = (versions(), sorted(SIZES.items()), ROWS_A_CHIP, Path(__file__).read_bytes())
-    return aot.kept(names, parts, variant in POLICIES, lambda: compile_step(layout, chips, model, variant))
+    return kept(names, parts, variant in POLICIES, lambda: compile_step(layout, chips, model, variant))
 
 
 def versions() -> str:
-    return f"{aot.compiler_version('v5e')}, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
+    return (
+        f"{mp.aot.compiler_version('v5e')}, jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
+    )
 
 
-def sent(cost: aot.Cost) -> dict[str, dict[str, float]]:
+def sent(cost: mp.aot.Report) -> dict[str, dict[str, float]]:
     """Bytes that a chip sends in a step, by kind of collective and dtype."""
     found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for collective in Module(cost.hlo).collectives():
-        for dtype, size in collective.sent().items():
-            found[collective.kind][dtype] += size
+    for row in cost.collectives:
+        found[row.kind][SHORT.get(row.dtype, row.dtype)] += row.bytes_sent
     return found
 
 
-def table(costs: dict[tuple[str, str, str], dict[str, aot.Cost]]) -> str:
+def table(costs: dict[tuple[str, str, str], dict[str, mp.aot.Report]]) -> str:
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
     kinds = tuple(k for k in kinds if any(k in sent(cost) for of in costs.values() for cost in of.values()))
     titles = ("chips", "layout", "model", "precision", "sent by each chip", *kinds, "peak memory")
@@ -152,7 +152,6 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     arguments = parser.parse_args()
-    _compat.target_platform = lambda: "tpu"  # traced here for a device that this process does not have
     configurations = [(layout, chips, MODEL) for chips in arguments.slices for layout in arguments.layouts]
     if "4x4" in arguments.slices and "fsdp" in arguments.layouts:
         configurations += [("fsdp", "4x4", model) for model in MORE]
@@ -160,9 +159,9 @@ def main() -> None:
     command = f"python benchmarks/wire_bytes.py --slices {' '.join(arguments.slices)}"
     text = (
         f"A step of a decoder ({', '.join(f'{name} {n}' for name, n in SIZES.items())}; {ROWS_A_CHIP} rows of 512 "
-        f"tokens on each chip along the data axis), compiled for TPU v5e by {versions()}, mpjax {mp.__version__}. Command: "
-        f"`{command}`. Columns of collectives: MB sent by each chip, by dtype. The factors are relative to the model "
-        "written by hand.\n\n" + table(costs)
+        f"tokens on each chip along the data axis), compiled for TPU v5e by {versions()}, mpjax {mp.__version__}. "
+        f"Command: `{command}`. Columns of collectives: MB sent by each chip, by dtype. The factors are relative "
+        "to the model written by hand.\n\n" + table(costs)
     )
     print(text)
     if arguments.write:

@@ -41,7 +41,7 @@ __version__ = importlib.metadata.version("mpjax")
 
 
 def __getattr__(name: str) -> object:
-    # These import flax, which `import mpjax` does not.
-    if name in ("linen", "nnx"):
+    # linen and nnx import flax, which `import mpjax` does not; few need aot.
+    if name in ("aot", "linen", "nnx"):
         return importlib.import_module(f"mpjax.{name}")
     raise AttributeError(f"module 'mpjax' has no attribute {name!r}")

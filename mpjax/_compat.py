@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax._src.config
+import jax._src.hardware_utils
 import jax._src.lax.lax
 import jax.custom_derivatives
 import jax.extend.core
@@ -16,6 +17,7 @@ import jax.interpreters.ad
 import jax.interpreters.batching
 import jax.interpreters.mlir
 import jax.numpy as jnp
+import jaxlib.xla_client
 import numpy as np
 
 # Messages and profiles then name the user's line, and not the one in here that traced it.
@@ -164,9 +166,28 @@ def custom_vjp_rule(eqn: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
+# Part of the key of jit's caches: what was traced for another platform is traced again.
+_traced_for = jax.make_user_context(default_value="")
+
+
 def target_platform() -> str:
     """The platform that programs are traced for: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend()
+    return _traced_for.value or jax.default_backend()
+
+
+def tracing_for(platform: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs are traced for a platform that this process need not have."""
+    return _traced_for(platform)
+
+
+def is_loaded(plugin: str) -> bool:
+    """Whether this process has loaded the plugin of JAX for "tpu" or "cuda"."""
+    return bool(jaxlib.xla_client.pjrt_plugin_loaded(plugin))
+
+
+def tpu_chips() -> int:
+    """How many TPU chips this machine has."""
+    return int(jax._src.hardware_utils.num_available_tpu_chips_and_device_id()[0])
 
 
 _float32_tangent = jax.extend.core.Primitive("float32_tangent")
