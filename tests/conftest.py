@@ -31,6 +31,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Programs little optimized: nearly all the time of a small run is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """No silent promotion in mpjax's code.

@@ -46,6 +46,21 @@ def run(state, sequence):
     return history, state
 
 
+def scale_by_the_rule(overflows, first, period, ceiling):
+    """The scale after each step, its clean steps and how often the floor of 1 held it: the rule in plain Python."""
+    scale, clean, held = first, 0, 0
+    history = []
+    for overflow in overflows:
+        clean = 0 if overflow else clean + 1
+        if overflow:
+            held += scale == 1
+            scale = max(scale / 2, 1.0)
+        elif clean == period:
+            scale, clean = min(scale * 2, ceiling), 0
+        history.append((scale, clean, held))
+    return tuple(map(list, zip(*history, strict=True)))
+
+
 def total(fn):
     """The mean square of what a function returns, to differentiate."""
     return lambda *args: (fn(*args) ** 2).mean()
