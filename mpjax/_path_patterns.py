@@ -22,6 +22,8 @@ _constants, _parser, _compiler = (
 LONGEST_PATTERN = 10_000
 # How many characters, groups and tests a pattern may have when its repeats are written out.
 _LARGEST = LONGEST_PATTERN
+# A look-around may read the rest of the path at each of its characters.
+_COST_OF_A_TEST = 50
 # Places kept in the sets that were met before, for each pattern.
 _KEPT = 50_000
 # The place behind the whole pattern.
@@ -55,7 +57,7 @@ def matches_path(pattern: str, path: str) -> bool:
     return _compiled(pattern).reaches(path, 0, True, {})
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8192)  # more than the longest policy holds
 def _compiled(pattern: str) -> "_Automaton":
     shown = shortened(pattern)
     if len(pattern) > LONGEST_PATTERN:
@@ -187,6 +189,7 @@ class _Automaton:
             least, most, body = argument
             return self._repeat(least, most, body, then, scope)
         if name in ("ASSERT", "ASSERT_NOT", "AT"):
+            self._builder.count(_COST_OF_A_TEST)
             self._tests.append(_Test(item, self._builder, scope))
             return self._jump([then], len(self._tests) - 1)
         place = len(self._steps) + len(self._jumps)

@@ -33,7 +33,8 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
       compute_dtype: what `cast_to_compute` casts to. An 8-bit dtype names the operands of matmuls, which each
         need a scale of their own; a tree has none, so `cast_to_compute` then casts to bfloat16.
       output_dtype: what `cast_to_output` casts to.
-      reduce_dtype: the dtype that gradients are summed in across devices; see `cast_to_reduce`.
+      reduce_dtype: the dtype that gradients are summed in across devices; see `cast_to_reduce`. A sharded `jit` sums
+        in the compute dtype, if it is that, else in float32 (on CPUs always in the compute dtype).
       overrides: pairs of a path pattern and the policy of the parameters there; see `with_overrides`.
 
     The dtypes are `numpy.dtype`s; jmp's are scalar types, so `policy.compute_dtype(1.0)` is `jnp.asarray(1.0,
@@ -105,7 +106,8 @@ class Policy(jmp.Policy):  # type: ignore[misc]  # jmp has no types
         """Casts the float leaves of a tree to `reduce_dtype`: gradients, before a collective sums them up.
 
         For code that sums them itself, under `shard_map` or `pmap`. What a gradient sums over devices inside
-        `mpjax.autocast` is summed in `reduce_dtype` already. `mpjax.loss_scaled` widens the result to float32.
+        `mpjax.autocast` is summed in `reduce_dtype` already. `mpjax.loss_scaled` widens the result to float32. No
+        overrides apply: gradients are no parameters.
 
         >>> import jax, jax.numpy as jnp, mpjax as mp
         >>> policy = mp.get_policy("params=float32,compute=bfloat16,output=float32,reduce=bfloat16")

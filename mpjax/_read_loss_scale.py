@@ -107,7 +107,7 @@ def read_loss_scale(saved: Any, like: DynamicLossScale | None = None, *, repair:
                 write="mp.read_loss_scale(saved, like=mp.DynamicLossScale(period=2000))",
             )
         )
-    path, found = _find(saved)
+    path, found = _find(_without_variables(saved))
     fields, layout = _fields(found), _format(found)
     if layout is None:  # of the kinds that never change
         return as_loss_scale(found)
@@ -133,6 +133,15 @@ def read_loss_scale(saved: Any, like: DynamicLossScale | None = None, *, repair:
     floor, ceiling = options["min_loss_scale"], options["max_loss_scale"]
     values: dict[str, Any] = {name: _count(fields[theirs], place + theirs, repair=repair) for name, theirs in counts}
     return DynamicLossScale(_scale(fields[scale[1]], place + scale[1], floor, ceiling, repair), **values, **options)
+
+
+def _without_variables(saved: Any) -> Any:
+    """The tree with arrays in the place of NNX's variables, which an `nnx.Optimizer` holds; untouched without any."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return saved
+    leaves = jax.tree.leaves(saved, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.as_pure(saved) if any(isinstance(x, nnx.Variable) for x in leaves) else saved
 
 
 def _find(saved: Any) -> tuple[str, Any]:

@@ -95,8 +95,9 @@ def apply_gradients(
     taken = _skip_state(new.opt_state).last_step_finite
     kept = {
         name: _selected(taken, name, getattr(new, name), getattr(state, name))
-        for name in changes
-        if in_tree[name] and name not in named
+        for name, is_in_tree in in_tree.items()
+        if is_in_tree and name not in {"step", "params", "opt_state", *named}
+        if getattr(new, name) is not getattr(state, name)
     }
     owg = OVERWRITE_WITH_GRADIENT
     if isinstance(grads, Mapping) and owg in grads and owg not in named:

@@ -180,3 +180,51 @@ def test_convolutions(platform, dtype, monkeypatch):
     assert sorted(outputs(gradient, "conv_general_dilated", kernel, images)) == sorted(["bfloat16", dtype])
     expected = jax.grad(fn)(kernel, images)
     np.testing.assert_allclose(gradient(kernel, images), expected, atol=0.02 * float(jnp.abs(expected).max()))
+
+
+REDUCED_16 = "params=float32,compute=float16,output=float32,reduce=float16"
+
+
+def test_losses_and_counts_are_summed_in_float32():
+    """Whatever the reduce dtype, which is that of gradients: 80,000 rows are inf in float16, and 8,024 no bfloat16."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def fn(w, x):
+        errors = (x @ w)[:, 0] ** 2
+        rows = jax.lax.psum(jnp.sum(jnp.ones_like(errors)), "d")
+        return jax.lax.psum(jnp.sum(errors), "d") / rows, rows
+
+    x = jnp.ones((80_000, 4))
+    mapped = jax.shard_map(mp.autocast(fn, REDUCED_16), mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    loss, rows = mapped(W, x)
+    assert rows == 80_000
+    np.testing.assert_allclose(loss, jnp.sum(W[:, 0]) ** 2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("region", ["full_precision", "path"])
+def test_gradients_of_exempt_weights_are_summed_in_float32(region):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rules = mp.default_rules()
+    rules = rules.with_path("router", "full", "picks experts") if region == "path" else rules
+
+    def fn(w, x):
+        if region == "path":
+            with jax.named_scope("router"):
+                return jnp.mean((x @ w) ** 2)
+        return jnp.mean(mp.full_precision(jnp.matmul)(x, w) ** 2)
+
+    gradient = jax.grad(mp.autocast(fn, REDUCED_LOW, rules))
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    assert {d for name in ("psum", "psum_invariant") for d in outputs(mapped, name, W, X)} == {"float32"}
+
+
+def test_a_gathered_weight_that_a_custom_rule_reads_stays_float32():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(
+        lambda x, w: (x @ w, (x, w)), lambda saved, ct: (ct @ saved[1].T, saved[0].T @ ct + jnp.sum(saved[1]))
+    )
+    mapped = fsdp(lambda w, x: jnp.mean(product(x, jax.lax.all_gather(w, "d", tiled=True).T)), "mixed_bfloat16")
+    assert set(outputs(mapped, "all_gather", SHARDED, X)) == {"float32"}

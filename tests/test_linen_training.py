@@ -229,3 +229,20 @@ def test_errors():
     twice = TrainState.create(apply_fn=None, params=grads, tx=twice)
     with pytest.raises(ValueError, match=r"2 parts of state.tx skip steps:\n +0\n +1\n"):
         mp.linen.apply_gradients(twice, grads=grads)
+
+
+class OwnAverage(TrainState):
+    average: Any
+
+    def apply_gradients(self, *, grads, **kwargs):
+        new = super().apply_gradients(grads=grads, **kwargs)
+        return new.replace(average=jax.tree.map(lambda a, p: (a + p) / 2, self.average, new.params))
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_fields_that_the_state_itself_changes(bad):
+    """An average of the weights, as subclasses keep it: not moved by a skipped step either."""
+    tx = mp.loss_scaled(optax.sgd(0.1), mp.DynamicLossScale())
+    state = OwnAverage.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=tx, average={"w": jnp.zeros(1)})
+    new = mp.linen.apply_gradients(state, grads={"w": jnp.array([jnp.nan if bad else 0.0])})
+    assert new.average["w"].tolist() == [0.0 if bad else 0.5]

@@ -229,6 +229,21 @@ def test_the_flag_is_computed_once():
     assert reads(keep_statistics=False) == reads(keep_statistics=True)
 
 
+def test_a_variable_in_the_place_of_another():
+    """The call puts a new variable where the old one was: it gets the old value back all the same."""
+    model = nnx.Linear(6, 1, rngs=nnx.Rngs(0))
+    model.stat = nnx.BatchStat(jnp.zeros(6))
+
+    def fn(model, x):
+        model.stat = nnx.BatchStat(x.mean(0))
+        return jnp.mean(model(x) ** 2)
+
+    mp.nnx.grad(fn, mp.StaticLossScale(8.0))(model, BAD)
+    assert model.stat[...].tolist() == [0.0] * 6
+    mp.nnx.grad(fn, mp.StaticLossScale(8.0))(model, X)
+    assert bits(model.stat[...]) == bits(X.mean(0))
+
+
 def test_errors():
     model = Net(nnx.Rngs(0))
     scale = mp.DynamicLossScale()

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from helpers import LOSS_SCALES, bits
 from hypothesis import given, settings
@@ -340,3 +341,12 @@ class TestDamage:
 
     def test_what_is_sound_is_not_changed_by_a_repair(self):
         assert bits(mp.read_loss_scale(OURS, repair=True)) == bits(mp.read_loss_scale(OURS))
+
+
+def test_the_state_of_a_live_nnx_optimizer():
+    """Each of its arrays is a variable."""
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, mp.loss_scaled(optax.sgd(0.1), mp.DynamicLossScale(2.0**7)), wrt=nnx.Param)
+    found = mp.read_loss_scale(optimizer.opt_state)
+    assert isinstance(found.loss_scale, jax.Array)
+    assert float(found.loss_scale) == 2.0**7

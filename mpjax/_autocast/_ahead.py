@@ -74,6 +74,8 @@ def feeds_matrix_work(ctx: Context, eqn: Any, reads: Reads, only_moved: bool = F
             name, kind = reader.primitive.name, ctx.rules.of(reader.primitive.name).kind
             if here.region is not None:
                 return False
+            if only_moved and name in ("custom_jvp_call", "custom_vjp_call"):
+                return False  # its rule may read the weight in another way
             if name in _CALLS and inner_jaxprs(reader):
                 waiting.extend((*place, statistic) for place in _inside(frames, frame, here, reader, var))
             elif is_never(reader) or not all(is_subject(out.aval) for out in reader.outvars):

@@ -67,8 +67,9 @@ def autocast(
 
     Args:
       fn: any function of pytrees, in float32.
-      policy: a policy or its name: its compute dtype, and its reduce dtype for sums over devices (`psum`, and the
-        weight gradients that a sharded `jit` adds up). Default: `mpjax.default_policy()`.
+      policy: a policy or its name: its compute dtype, and its reduce dtype for sums over devices (of weight gradients,
+        and if it is the compute dtype of activations, `psum(x @ w)`; else those are float32). Default:
+        `mpjax.default_policy()`.
       rules: the table. Default: `mpjax.default_rules()`.
       cast_outputs: whether floating results are cast to the policy's output dtype.
 

@@ -58,7 +58,7 @@ def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision
         return Decision(Action.WIDE, Mark.FREE, rule.reason)
     if why := is_never(eqn):
         return Decision(Action.WIDE, Mark.FREE, why)
-    if name == "pvary" and ctx.reduce != FLOAT32 and is_weight(ins[0]):
+    if name == "pvary" and ctx.region is None and ctx.reduce != FLOAT32 and is_weight(ins[0]):
         return Decision(Action.ACROSS, Mark.FREE, f"the policy takes sums over devices in {ctx.reduce}")
     if rule.kind is Kind.PASS:
         return Decision(Action.PASS, None, rule.reason)
@@ -68,8 +68,8 @@ def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision
         return Decision(Action.LOW, Mark.LOW, rule.reason)
     if rule.kind is Kind.FULL:
         return Decision(Action.WIDE, full_mark(v.mark for v in ins), rule.reason)
-    if rule.kind is Kind.SUM and name in COLLECTIVES and ctx.reduce == ctx.low:
-        return Decision(Action.LOW, Mark.LOW, f"the policy takes sums over devices in {ctx.low}")
+    if rule.kind is Kind.SUM and name in COLLECTIVES and ctx.reduce == ctx.low and _are_activations(ins):
+        return Decision(Action.LOW, Mark.LOW, f"the policy takes sums of activations over devices in {ctx.low}")
     if rule.kind is Kind.SUM:
         return Decision(Action.WIDE, reduced_mark(v.mark for v in ins), rule.reason)
     if _is_gathered_weight(outer, eqn, ins, reads):
@@ -113,6 +113,11 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
     if any(v.mark is Mark.FREE and v.const is None for v in ins) and is_softmax_input(eqn, reads):
         return Decision(Action.SATURATE, Mark.LOW, "a softmax reads it: a mask must not become infinite in 16 bits")
     return Decision(Action.LOW, Mark.LOW, reason)
+
+
+def _are_activations(ins: list[Value]) -> bool:
+    """Whether these are activations or their gradients: no loss, no statistic, no count, which 16 bits cannot hold."""
+    return follow_mark(v.mark for v in ins) in (Mark.LOW, Mark.NORMED)
 
 
 def _is_embedding(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> bool:

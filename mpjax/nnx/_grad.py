@@ -45,7 +45,7 @@ def value_and_grad(
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       keep_statistics: whether what a skipped step changed in the modules stays there, as without loss scaling.
       axis_name: under `shard_map` or `pmap`, the axes over which all have to agree, as in `loss_scaled`. The gradients
-        need not be summed yet.
+        need not be summed yet; where their sum alone overflows, the step is skipped and the statistics, finite, stay.
 
     Returns:
       A function of `loss_fn`'s arguments, keywords included, that returns `(loss, grads)`, or `((loss, aux), grads)`:
@@ -92,7 +92,7 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def with_value(*args: Any, **kwargs: Any) -> Any:
-        before = [] if keep_statistics else _values((args, kwargs))
+        before = {} if keep_statistics else _values((args, kwargs))
         # Keywords travel as one more argument: NNX takes none that are keywords only.
         differentiated = nnx.value_and_grad(
             scaled_loss, argnums=_from_the_front(argnums, len(args)), has_aux=True, allow_int=True
@@ -109,7 +109,7 @@ def value_and_grad(
         if not keep_statistics:
             # The very expression of skip_on_overflow, so that the compiler merges the two.
             finite = agreed(jnp.isfinite(global_norm(widen(nnx.as_pure(scale.unscale(grads))))), axis_name)
-            _take_back(~finite, before)
+            _take_back(~finite, before, (args, kwargs))
         return ((loss, aux) if has_aux else loss), grads
 
     return with_value
@@ -167,19 +167,22 @@ def _from_the_front(argnums: Any, count: int) -> Any:
 _GOES_ON = (nnx.RngState, nnx.Intermediate)
 
 
-def _values(tree: Any) -> list[tuple[str, Any, Any]]:
-    """The variables that a skipped step is to leave alone: path, variable and value."""
-    return [
-        ("/".join(map(str, path[1:])), variable, variable.get_value())
+def _values(tree: Any) -> dict[str, tuple[nnx.Variable[Any], Any]]:
+    """The variables that a skipped step is to leave alone, with their values, by path."""
+    return {
+        "/".join(map(str, path[1:])): (variable, variable.get_value())
         for path, variable in nnx.iter_graph(tree)
         if isinstance(variable, nnx.Variable) and not isinstance(variable, _GOES_ON)
+    }
+
+
+def _take_back(skipped: Any, before: dict[str, tuple[nnx.Variable[Any], Any]], tree: Any) -> None:
+    """Gives variables their old values back where the step is skipped; also those put in the place of others."""
+    after = _values(tree)
+    pairs = [
+        (path, *after.get(path, (variable, variable.get_value())), old) for path, (variable, old) in before.items()
     ]
-
-
-def _take_back(skipped: Any, before: list[tuple[str, Any, Any]]) -> None:
-    """Gives variables their old values back where the step is skipped."""
-    pairs = [(path, variable, old, variable.get_value()) for path, variable, old in before]
-    changed = [pair for pair in pairs if not _same(*pair[2:])]
+    changed = [(path, variable, old, new) for path, variable, new, old in pairs if not _same(old, new)]
     rows = [
         f"{path}: {a} before, {b} after" for path, _, *values in changed for a, b in [map(_types, values)] if a != b
     ]
