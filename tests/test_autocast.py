@@ -341,6 +341,7 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_half_precision_parameters():
     assert optimizer.opt_state.skip_state.skips_total[...] == 1
 
 
+@pytest.mark.slow
 def test_other_variables_and_several_arguments():
     """nnx.DiffState, several argnums, aux, keywords."""
     model, other = Net(nnx.Rngs(0)), nnx.Linear(6, 6, rngs=nnx.Rngs(1))

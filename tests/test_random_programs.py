@@ -227,7 +227,7 @@ def settings(examples):
 
 
 class TestShortSearch:
-    @settings(14)
+    @settings(6)
     @hypothesis.given(programs.programs(4, 1))
     def test_gradients(self, program):
         check(program, with_gradients)

@@ -148,6 +148,7 @@ def test_a_finished_run_is_only_evaluated_again(example, whole, tmp_path):
     same_run(tmp_path / "again", whole, STEPS)
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does(example, whole, tmp_path):
     assert example.main([*SMALL, "--mesh", "4x2", "--directory", str(tmp_path)]) == 0
     for a, b in zip(lines(tmp_path), lines(whole), strict=True):
