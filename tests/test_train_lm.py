@@ -312,7 +312,7 @@ def test_the_bigram_loss_is_that_of_counts(example):
 
 # As processes, which can be killed --------------------------------------------------------------------------------
 
-LONG = [*SIZES, "--policy", "mixed_float16", "--steps", "240", "--save-every", "4"]
+LONG = [*SIZES, "--policy", "mixed_float16", "--steps", "480", "--save-every", "4"]
 SHORT = [*SIZES, "--policy", "float32", "--steps", "60", "--save-every", "4"]
 
 
@@ -368,7 +368,7 @@ def newest(directory):
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_bit(start, uninterrupted, tmp_path):
+def test_twenty_kills_change_no_bit(start, uninterrupted, tmp_path, record_property):
     """SIGKILL at moments drawn at random: on the way up, after the restore, in steps, and in the middle of saves."""
     directory, draw = tmp_path / "run", random.Random(0)
     during_saves = resumed = 0
@@ -393,12 +393,12 @@ def test_twenty_kills_change_no_bit(start, uninterrupted, tmp_path):
         resumed += before > 0
     assert start(directory, *LONG).wait() == 0, printed(directory)
     counts = f"20 kills, {during_saves} during a save, {resumed} with a checkpoint to go on from"
-    print(counts)  # noqa: T201
-    assert during_saves >= 4, counts
+    record_property("counts", counts)
+    assert during_saves >= 2, counts
     assert resumed >= 12, counts
-    same_run(directory, uninterrupted["long"], 240)
+    same_run(directory, uninterrupted["long"], 480)
     assert not saves(directory)
-    assert kept(directory) == [232, 236, 240]
+    assert kept(directory) == [472, 476, 480]
 
 
 @pytest.mark.slow
