@@ -87,6 +87,9 @@ def variants(clip: bool, avals: Any) -> dict[str, tuple[Any, Callable[..., Any]]
         "plain optax, no scaling": transform_step(tx, avals),
         "mp.loss_scaled, DynamicLossScale": transform_step(mp.loss_scaled(tx, mp.DynamicLossScale()), avals),
         "mp.loss_scaled, NoOpLossScale": transform_step(mp.loss_scaled(tx, mp.NoOpLossScale()), avals),
+        "mp.diagnostics.gradient_monitor around it, a step that it measures": transform_step(
+            mp.diagnostics.gradient_monitor(mp.loss_scaled(tx, mp.DynamicLossScale())), avals
+        ),
         "jmp: all_finite and select_tree": jmp_style(clip, avals),
         "optax.apply_if_finite": transform_step(optax.apply_if_finite(tx, 1000), avals),
         "lax.cond around the update": cond_style(clip, avals),

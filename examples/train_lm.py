@@ -214,7 +214,7 @@ def make_train_step(
         # 4. Over the batch in pieces, summed in float32. Each device keeps its own rows of every piece.
         loss, grads = mp.accumulate(grad_fn, microbatches)(params, rows)
         updates, opt_state = tx.update(grads, opt_state, params)
-        scale = getattr(mp.get_loss_scale(opt_state), "loss_scale", jnp.ones(()))
+        scale = mp.get_loss_scale(opt_state).loss_scale
         metrics = {"loss": loss, "scale": scale, "skips": opt_state.skip_state.skips_total}
         return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}, metrics
 

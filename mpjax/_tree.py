@@ -76,6 +76,12 @@ def path_name(path: tuple[Any, ...], keep_value: bool = False) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def instances(tree: Tree, kinds: type[Any] | tuple[type[Any], ...]) -> list[tuple[tuple[Any, ...], Any]]:
+    """The things of some types in a tree, each with its path. What one of them has inside is not looked at."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))
+    return [(path, x) for path, x in leaves if isinstance(x, kinds)]
+
+
 def all_finite(tree: Tree) -> Scalar:
     """Whether every number in a tree is finite: no inf, no NaN.
 

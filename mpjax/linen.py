@@ -15,7 +15,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training.train_state import TrainState
 
 from mpjax._errors import listing, problem
-from mpjax._tree import check_same_structure, path_name, select_tree
+from mpjax._tree import check_same_structure, instances, path_name, select_tree
 from mpjax.transforms import SkipOnOverflowState
 
 _S = TypeVar("_S", bound=TrainState)
@@ -128,8 +128,7 @@ def _with_extra_args(state: _S, extra_args: Mapping[str, Any]) -> _S:
 
 
 def _skip_state(opt_state: Any) -> SkipOnOverflowState:
-    leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, SkipOnOverflowState))
-    found = [(path, leaf) for path, leaf in leaves if isinstance(leaf, SkipOnOverflowState)]
+    found = instances(opt_state, SkipOnOverflowState)
     if len(found) != 1:
         rows = listing([path_name(path) or "<root>" for path, _ in found])
         raise ValueError(

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpjax as mp
+from mpjax import _path_patterns
 from mpjax._path_patterns import LONGEST_PATTERN, check_pattern, matches_path
 
 # Letters with more than two cases among them: the Kelvin sign is a k, the long s an s.
@@ -155,3 +156,13 @@ def test_sets_of_places_are_forgotten_in_time():
         assert matches_path(pattern, path) == bool(re.fullmatch(pattern, path))
     assert compiled._kept < mp._path_patterns._KEPT + 100
     assert len(compiled._known) < 2**13
+
+
+def test_more_patterns_than_a_small_cache_holds_are_compiled_once():
+    """A policy may hold thousands; going through them again and again must find them ready."""
+    patterns = [f".*norm_{i}/scale" for i in range(600)]
+    first, again = ([matches_path(pattern, "norm_599/scale") for pattern in patterns] for _ in range(2))
+    compiled = _path_patterns._compiled.cache_info().misses
+    assert first == again == [False] * 599 + [True]
+    assert [matches_path(pattern, "norm_7/bias") for pattern in patterns] == [False] * 600
+    assert _path_patterns._compiled.cache_info().misses == compiled

@@ -9,7 +9,7 @@ import optax
 
 from mpjax._errors import problem
 from mpjax._loss_scale import LossScale
-from mpjax._tree import is_inexact_leaf, path_name
+from mpjax._tree import instances, is_inexact_leaf, path_name
 from mpjax._typing import Scalar, Tree
 from mpjax.diagnostics._tree_stats import TreeStats, tree_stats
 from mpjax.transforms import SkipOnOverflowState, get_loss_scale
@@ -67,9 +67,9 @@ def gradient_monitor(
     are still scaled, as a float16 backward pass makes them, and it only looks at them. `mpjax.get_loss_scale` finds the
     scale as before; `skips_total` is in `opt_state.inner_state.skip_state`.
 
-    On a step that is measured the gradients are read as `tree_stats` says, and on a skipped step once. On all others
-    nothing more is read than without the monitor, compiled for a TPU v5e or an H100. These are branches, and `jax.vmap`
-    computes both sides of a branch: a `vmap` over optimizers pays on each step what a measured one costs.
+    On a step that is measured the gradients are read as `tree_stats` says, and on a skipped step once; on all others
+    the branches that do so are not entered. But `jax.vmap` computes both sides of a branch: a `vmap` over optimizers
+    pays on each step what a measured one costs.
 
     Numbers that float16 has flushed to 0 on the way count in `zeros`: what the statistics say that a format would lose
     is what else it would.
@@ -175,16 +175,14 @@ def _check_paths(paths: Sequence[str], expected: Sequence[str]) -> None:
 
 def _scale(inner_state: Any) -> Scalar:
     """The loss scale of the gradients that come next; 1 without any."""
-    leaves = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, LossScale))
-    if not any(isinstance(x, LossScale) for x in leaves):
+    if not instances(inner_state, LossScale):
         return jnp.float32(1)
     factor = get_loss_scale(inner_state)._factor()
     return jnp.float32(1) if factor is None else jnp.asarray(factor, jnp.float32)
 
 
 def _skip_state(inner_state: Any) -> SkipOnOverflowState:
-    leaves = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, SkipOnOverflowState))
-    found = [x for x in leaves if isinstance(x, SkipOnOverflowState)]
+    found = [state for _, state in instances(inner_state, SkipOnOverflowState)]
     if len(found) != 1:
         raise ValueError(
             problem(

@@ -12,6 +12,7 @@ from mpjax._compat import is_tracer
 from mpjax._convert import as_loss_scale
 from mpjax._errors import problem
 from mpjax._loss_scale import LossScale
+from mpjax._tree import instances
 from mpjax.diagnostics._located import NonFinite, ValueRange
 from mpjax.diagnostics._origins import Origin, Value
 from mpjax.diagnostics._search import Search
@@ -85,8 +86,7 @@ def _number(loss_scale: Any) -> float:
 def _found_scale(tree: Any) -> float | None:
     """The one loss scale in the arguments, if there is one."""
     kinds = (LossScale, jmp.NoOpLossScale, jmp.StaticLossScale, jmp.DynamicLossScale)
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
-    found = [_number(x) for x in leaves if isinstance(x, kinds)]
+    found = [_number(x) for _, x in instances(tree, kinds)]
     return found[0] if len(found) == 1 else None
 
 

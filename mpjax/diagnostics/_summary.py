@@ -9,6 +9,7 @@ import numpy as np
 from mpjax._dynamic_loss_scale import DynamicLossScale
 from mpjax._errors import problem
 from mpjax._loss_scale import LossScale, StaticLossScale
+from mpjax._tree import instances
 from mpjax.diagnostics._advice import advice_for
 from mpjax.diagnostics._gradient_monitor import GradientMonitorState, NonFiniteStep
 from mpjax.diagnostics._summary_value import FormatLoss, Measured, SkippedStep, Summary
@@ -67,7 +68,7 @@ def summary(opt_state: Any) -> Summary:
 
 def _one(opt_state: Any, cls: type[Any]) -> Any:
     """The one thing of a type in a state, or None."""
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, cls)) if isinstance(x, cls)]
+    found = [x for _, x in instances(opt_state, cls)]
     if len(found) > 1:
         raise ValueError(
             problem(

@@ -107,9 +107,8 @@ def tree_stats(
     """Counts in each leaf what low-precision formats would lose, and how large its numbers are.
 
     For use inside the step: counts are sums of comparisons of the numbers' bits with constants, exact, and under `jit`
-    with sharded arrays nothing but these sums is sent. Compiled for a TPU v5e a large leaf is read once, for an H100
-    three times. But with some 80 comparisons a number, the estimated cycles on a v5e are three quarters of those of a
-    clipped AdamW step: do it every so many steps, as `gradient_monitor` does.
+    with sharded arrays nothing but these sums is sent. With some 80 comparisons a number it costs a good part of an
+    optimizer's step (`benchmarks/step_cost.py`): do it every so many steps, as `gradient_monitor` does.
 
     Args:
       tree: any pytree. Leaves that are not floating or complex do not count. float64 is looked at as it is.

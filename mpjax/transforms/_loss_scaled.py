@@ -10,7 +10,7 @@ import optax
 from mpjax._convert import as_loss_scale
 from mpjax._errors import listing, problem
 from mpjax._loss_scale import LossScale
-from mpjax._tree import agreed, check_flag, path_name
+from mpjax._tree import agreed, check_flag, instances, path_name
 from mpjax._typing import Tree
 from mpjax.transforms._skip_on_overflow import SkipOnOverflowState, check_state, skip_on_overflow
 
@@ -139,8 +139,7 @@ def get_loss_scale(opt_state: Any) -> LossScale:
     >>> mp.get_loss_scale(tx.init(jnp.ones(3))).loss_scale
     128.0
     """
-    leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, LossScale))
-    found = [(path, leaf) for path, leaf in leaves if isinstance(leaf, LossScale)]
+    found = instances(opt_state, LossScale)
     if len(found) != 1:
         rows = [f"{path_name(path)}: {type(leaf).__name__}" for path, leaf in found]
         raise ValueError(

@@ -11,7 +11,7 @@ import optax
 from mpjax._compat import is_tracer
 from mpjax._dtypes import BFLOAT16, wide_dtype
 from mpjax._errors import listing, problem
-from mpjax._tree import check_same_structure, is_inexact_leaf, path_name
+from mpjax._tree import check_same_structure, instances, is_inexact_leaf, path_name
 from mpjax._typing import Scalar, Tree
 from mpjax.transforms._skip_on_overflow import SkipOnOverflowState, as_transform, check_state
 from mpjax.transforms._stored import SelectingTransform, apply_updates, as_seen_by, keep_state, to_float32, update_inner
@@ -182,10 +182,9 @@ def ema_params(opt_state: Any, params: Tree = None) -> Tree:
 
 def _averages(state: Any, prefix: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], ParamsEmaState]]:
     """Every `ParamsEmaState` in a state, with its path; those inside another's inner state too."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: isinstance(x, ParamsEmaState)):
-        if isinstance(leaf, ParamsEmaState):
-            yield (*prefix, *path), leaf
-            yield from _averages(leaf.inner_state, (*prefix, *path, jax.tree_util.GetAttrKey("inner_state")))
+    for path, found in instances(state, ParamsEmaState):
+        yield (*prefix, *path), found
+        yield from _averages(found.inner_state, (*prefix, *path, jax.tree_util.GetAttrKey("inner_state")))
 
 
 def _is_none(x: Any) -> bool:
@@ -219,8 +218,7 @@ def _check_given(params: Tree) -> None:
 
 
 def _check_skips_nothing(inner_state: Any) -> None:
-    leaves = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, SkipOnOverflowState))
-    if any(isinstance(x, SkipOnOverflowState) for x in leaves):
+    if instances(inner_state, SkipOnOverflowState):
         raise ValueError(
             problem(
                 "params_ema is around a transform that skips steps: it would average the parameters of those again.",

@@ -10,7 +10,7 @@ import optax
 from mpjax._compat import is_float0
 from mpjax._errors import listing, problem
 from mpjax._loss_scale import LossScale
-from mpjax._tree import agreed, all_finite, check_same_structure, is_inexact_leaf, path_name, widen
+from mpjax._tree import agreed, all_finite, check_same_structure, instances, is_inexact_leaf, path_name, widen
 from mpjax._typing import Scalar, Tree
 from mpjax.transforms._norm import global_norm
 from mpjax.transforms._stored import as_seen_by, keep_state, stand_still, update_inner
@@ -84,7 +84,7 @@ def skip_on_overflow(
 
     def init(params: Tree) -> SkipOnOverflowState:
         inner_state = jax.tree.map(_strongly_typed, inner.init(as_seen_by(inner, _visible(params))))
-        if any(isinstance(x, LossScale) for x in jax.tree.leaves(inner_state, is_leaf=_is_loss_scale)):
+        if instances(inner_state, LossScale):
             raise ValueError(
                 problem(
                     "the inner transform holds a loss scale: a skipped step would keep it from ever backing off.",
@@ -154,10 +154,6 @@ def as_transform(inner: Any) -> optax.GradientTransformationExtraArgs:
 
 def _is_none(x: Any) -> bool:
     return x is None
-
-
-def _is_loss_scale(x: Any) -> bool:
-    return isinstance(x, LossScale)
 
 
 def _is_masked(x: Any) -> bool:
