@@ -269,6 +269,94 @@ class TestPathRules:
         assert hash(rules) == hash(ruled((r".*router", "full")))
 
 
+# Rules for source lines -----------------------------------------------------------------------
+
+
+def here(fn, offset):
+    """The line that many below a function's first, as a rule takes it."""
+    return f"test_autocast_rules.py:{fn.__code__.co_firstlineno + offset}"
+
+
+def two_products(x, w):
+    y = x @ w
+    return (y * 2) @ w
+
+
+def softmax_twice(x, w):
+    a = jax.nn.softmax(x @ w)
+    b = jax.nn.softmax(x @ w)
+    return a @ w + b @ w
+
+
+class TestLineRules:
+    def dots(self, fn, rules, through=None):
+        found = mp.explain(fn, "mixed_bfloat16", rules, through=through)(X, W)
+        rows = [row for row in found.operations if row.primitive == "dot_general"]
+        return [(int(row.source.split(":")[1]) - fn.__code__.co_firstlineno, row.dtype, row.reason) for row in rows]
+
+    @pytest.mark.parametrize("kind", ["full", "keep"])
+    def test_one_line_and_no_other(self, kind):
+        rules = mp.default_rules().with_line(here(two_products, 1), kind, "for a test")
+        (first, second) = self.dots(two_products, rules)
+        assert first == (1, "float32", "for a test")
+        assert second[:2] == (2, "bfloat16")
+
+    def test_holds_for_the_backward_pass(self):
+        rules = mp.default_rules().with_line(here(two_products, 1), "full", "for a test")
+        loss = lambda grad: lambda x, w: jax.grad(lambda x, w: jnp.sum(grad(x, w)), (0, 1))(x, w)
+        assert {(line, dtype) for line, dtype, _ in self.dots(two_products, rules, loss)} == {
+            (1, "float32"),
+            (2, "bfloat16"),
+        }
+
+    def test_holds_in_the_functions_that_the_line_calls(self):
+        """Also in one of JAX's, of which the second call is the first one's trace."""
+        rules = mp.default_rules("torch").with_rule("exp", "low", "for a test")
+        found = mp.explain(softmax_twice, "mixed_bfloat16", rules.with_line(here(softmax_twice, 2), "full", "it is 2"))
+        exps = [row.dtype for row in found(X, W).operations if row.primitive == "exp"]
+        assert sorted(exps) == ["bfloat16", "float32"]
+
+    def test_folders_and_columns_tell_lines_apart(self):
+        rules = mp.default_rules().with_line("models/net.py:41", "full", "for a test")
+        assert rules.at_line("/home/me/models/net.py:41:8 (forward)") is rules.lines[0]
+        assert rules.at_line("/home/me/models/net.py:41 (forward)") is rules.lines[0]
+        for other in ("/other/net.py:41", "models/net.py:410:8 (f)", "models/net.py:4", "/submodels/net.py:41", ""):
+            assert rules.at_line(other) is None
+
+    def test_the_last_rule_for_a_line_holds(self):
+        line = here(two_products, 1)
+        rules = mp.default_rules().with_line(line, "keep", "first").with_line(line, "full", "second")
+        assert self.dots(two_products, rules)[0] == (1, "float32", "second")
+
+    def test_regions_and_paths_come_first(self):
+        def fn(x, w):
+            with jax.named_scope("inside"):
+                return two_products(x, w)
+
+        rules = ruled((r"inside", "full")).with_line(here(two_products, 1), "keep", "line")
+        assert {reason for _, _, reason in self.dots_of(fn, rules)} == {"for a test"}
+
+    def dots_of(self, fn, rules):
+        found = mp.explain(fn, "mixed_bfloat16", rules)(X, W)
+        return [(r.source, r.dtype, r.reason) for r in found.operations if r.primitive == "dot_general"]
+
+    def test_a_line_that_nothing_comes_from(self):
+        rules = mp.default_rules().with_line("test_autocast_rules.py:1", "full", "for a test")
+        with pytest.warns(UserWarning, match=r"rules that match no line: 'test_autocast_rules.py:1'. The lines are"):
+            mp.autocast(two_products, "mixed_bfloat16", rules)(X, W)
+
+    @pytest.mark.parametrize("line", ["model.py", "41", ":41", "model.py:x", None, 41, "model.py:41:"])
+    def test_bad_line(self, line):
+        with pytest.raises(ValueError, match="line is") as error:
+            mp.default_rules().with_line(line, "full", "?")
+        assert "expected: a file and the number of a line in it" in str(error.value)
+
+    def test_bad_kind(self):
+        with pytest.raises(ValueError, match="kind is 'float32'") as error:
+            mp.default_rules().with_line("model.py:41", "float32", "?")
+        assert "write:    mp.default_rules().with_line('model.py:41', \"full\"" in str(error.value)
+
+
 # Rules for primitives and presets -------------------------------------------------------------
 
 

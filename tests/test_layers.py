@@ -41,7 +41,12 @@ ROWS = [
     ["diagnostics._taps", "diagnostics._located", "diagnostics._worlds"],
     ["diagnostics._memory", "diagnostics._summary_value", "diagnostics._amax", "diagnostics._reasons"],
     ["diagnostics._advice", "diagnostics._origins"],
-    ["diagnostics._search"],
+    ["diagnostics._widened", "diagnostics._pairs"],
+    ["diagnostics._sites"],
+    ["diagnostics._search", "diagnostics._paired"],
+    ["diagnostics._measured", "diagnostics._comparison"],
+    ["diagnostics._exemptions"],
+    ["diagnostics._compare"],
     ["diagnostics._summary", "diagnostics._locate"],
     ["diagnostics._logging"],
     ["diagnostics", "nnx._autocast", "nnx._grad"],
@@ -52,6 +57,10 @@ ROWS = [
     ["aot._comparison"],
     ["aot._compile"],
     ["aot"],
+    ["plots._house"],
+    ["plots._loss_scale", "plots._exponent_histogram", "plots._underflow_heatmap"],
+    ["plots._error_bars", "plots._memory_bars"],
+    ["plots"],
     [""],
     ["cli"],
 ]
@@ -125,10 +134,12 @@ def test_only_cli_imports_flax(path):
 
 # Flax's own rooms, which `import mpjax` does not open; a table that rich prints when it is asked to.
 ALLOWED = {name: {"flax"} for name in ("linen.py", "nnx/_autocast.py", "nnx/_grad.py")}
-ALLOWED |= {"diagnostics/_explanation.py": {"rich"}, "diagnostics/_memory.py": {"rich"}}
+ALLOWED |= {f"diagnostics/_{name}.py": {"rich"} for name in ("explanation", "memory", "comparison")}
+# Inside of functions: `import mpjax.plots` needs no matplotlib.
+ALLOWED |= {str(p): {"matplotlib"} for p in FILES if p.parts[0] == "plots"}
 
 
-@pytest.mark.parametrize("module", ["mpjax", "mpjax.cli"])
+@pytest.mark.parametrize("module", ["mpjax", "mpjax.plots", "mpjax.cli"])
 def test_import_leaves_heavy_packages_out(module):
     code = (
         f"import sys, {module}; "
@@ -147,7 +158,7 @@ def test_public_names_are_documented_and_runnable():
         assert thing.__doc__, name
         # The abstract base has no use of its own; its three members show it.
         assert ">>>" in thing.__doc__ or name == "LossScale", f"mpjax.{name} has no example"
-    for room in (mpjax.transforms, mpjax.nnx, mpjax.linen):
+    for room in (mpjax.transforms, mpjax.nnx, mpjax.linen, mpjax.plots):
         for name, thing in vars(room).items():
             ours = callable(thing) and getattr(thing, "__module__", "").startswith(room.__name__)
             if not name.startswith("_") and ours:

@@ -7,7 +7,7 @@ from typing import Any
 from mpjax._autocast._context import Context, is_subject
 from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._tables import Kind
-from mpjax._compat import inner_jaxprs, is_literal, name_scopes, scan_split
+from mpjax._compat import inner_jaxprs, is_literal, scan_split
 from mpjax._dtypes import FLOAT16
 
 # Primitives whose operands and results are those of the jaxpr inside, one by one.
@@ -70,7 +70,7 @@ def feeds_matrix_work(ctx: Context, eqn: Any, reads: Reads, only_moved: bool = F
                     return False
                 waiting.extend((*place, statistic) for place in onward)
                 continue
-            here = frame.ctx.inside(name_scopes(reader))
+            here = frame.ctx.inside(reader)
             name, kind = reader.primitive.name, ctx.rules.of(reader.primitive.name).kind
             if here.region is not None:
                 return False

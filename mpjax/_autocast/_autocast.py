@@ -177,7 +177,7 @@ def _evaluated(ctx: Context, fn: Callable[..., Any], inputs: _Tree, arrays: Sequ
 def _widened(ctx: Context, jaxpr: Any, consts: list[Any], arrays: Sequence[Any]) -> list[Any]:
     ins = [marked(x, var.aval) for x, var in zip(arrays, jaxpr.invars, strict=True)]
     outs = [ctx.widen(value) for value in evaluate(ctx, jaxpr, consts, ins)]
-    ctx.rules.warn_of_unused(sorted({modules_of(path) for path in ctx.seen}))
+    ctx.rules.warn_of_unused(sorted({modules_of(path) for path in ctx.seen}), ctx.sources)
     weak = [getattr(var.aval, "weak_type", False) for var in jaxpr.outvars]
     return [weakly_typed(x) if w and not jax.typeof(x).weak_type else x for x, w in zip(outs, weak, strict=True)]
 

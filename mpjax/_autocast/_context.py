@@ -12,7 +12,7 @@ from mpjax import _compat
 from mpjax._autocast._marks import Mark, Value
 from mpjax._autocast._regions import Region, modules_of, region_of
 from mpjax._autocast._rules import Rules
-from mpjax._compat import is_tracer
+from mpjax._compat import is_tracer, name_scopes, source_line
 from mpjax._dtypes import FLOAT32
 
 
@@ -30,6 +30,7 @@ class Context:
       region: the region that the path lies in.
       forced: the region that holds where the path lies in none, and why.
       seen: the regions of all paths so far.
+      sources: the source lines so far, if there are rules for lines.
       notes: each equation with what was decided for it, if that is to be explained.
     """
 
@@ -42,17 +43,26 @@ class Context:
     region: Region | None = None
     forced: tuple[Region, str] | None = None
     seen: dict[tuple[str, ...], Region | None] = dataclasses.field(default_factory=dict)
+    sources: dict[str, None] = dataclasses.field(default_factory=dict)
     notes: list[Any] | None = None
 
-    def inside(self, scopes: tuple[str, ...]) -> "Context":
-        """The same, further down the path of name scopes."""
-        if not scopes:
-            return self
-        path = (*self.path, *scopes)
-        if path not in self.seen:
-            exception = self.rules.exception(modules_of(path))
-            self.seen[path] = region_of(path) or (exception.region if exception else None)
-        return dataclasses.replace(self, path=path, region=self.seen[path] or (self.forced and self.forced[0]))
+    def inside(self, eqn: Any) -> "Context":
+        """The same, for one equation: further down the path of name scopes, at its source line."""
+        ctx, scopes = self, name_scopes(eqn)
+        if scopes:
+            path = (*self.path, *scopes)
+            if path not in self.seen:
+                exception = self.rules.exception(modules_of(path))
+                self.seen[path] = region_of(path) or (exception.region if exception else None)
+            ctx = dataclasses.replace(self, path=path, region=self.seen[path] or (self.forced and self.forced[0]))
+        if self.rules.lines:
+            source = source_line(eqn)
+            if source:
+                self.sources[source] = None
+            rule = self.rules.at_line(source)
+            if rule and ctx.region is None:
+                ctx = dataclasses.replace(ctx, region=rule.region, forced=(rule.region, rule.reason))
+        return ctx
 
     def in_float32(self, reason: str) -> "Context":
         """The same, in float32 where no region says otherwise."""

@@ -10,7 +10,7 @@ from mpjax._autocast._patterns import is_half_of_a_pair, is_lookup, is_shift, is
 from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._regions import Region
 from mpjax._autocast._tables import COLLECTIVES, GATHERS, Kind
-from mpjax._compat import inner_jaxprs, name_scopes
+from mpjax._compat import inner_jaxprs
 from mpjax._dtypes import FLOAT16, FLOAT32
 
 
@@ -44,7 +44,7 @@ class Decision(NamedTuple):
 
 def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision:
     """What to do with an equation of the jaxpr that `outer` evaluates, and why."""
-    name, ctx = eqn.primitive.name, outer.inside(name_scopes(eqn))
+    name, ctx = eqn.primitive.name, outer.inside(eqn)
     if ctx.region is Region.KEEP:
         return Decision(Action.WIDE, Mark.FREE, ctx.why_here)
     if ctx.region is None and _is_embedding(outer, eqn, ins, reads):

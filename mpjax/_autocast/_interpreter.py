@@ -14,7 +14,7 @@ from mpjax._autocast._patterns import match_softmax
 from mpjax._autocast._reads import Reads, is_never
 from mpjax._autocast._softmax import saturated
 from mpjax._autocast._tables import GATHERS, Kind
-from mpjax._compat import bind, equation_context, inner_jaxprs, is_literal, name_scopes, source_line
+from mpjax._compat import bind, equation_context, inner_jaxprs, is_literal, source_line
 from mpjax._dtypes import FLOAT32
 from mpjax._errors import users_stacklevel
 
@@ -31,7 +31,7 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Val
     env.update(zip(jaxpr.invars, args, strict=True))
     for eqn in jaxpr.eqns:
         ins = [read(atom) for atom in eqn.invars]
-        here = ctx.inside(name_scopes(eqn))
+        here = ctx.inside(eqn)
         decision = decide(ctx, eqn, ins, reads)
         try:
             with equation_context(eqn):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Iterable
 from types import MappingProxyType
@@ -45,6 +46,25 @@ class PathRule:
         return any(matches_path(self.pattern, "/".join(path[:end])) for end in range(1, len(path) + 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class LineRule:
+    """An exception for what comes from one line of source code.
+
+    Attributes:
+      line: file and line, `"model.py:41"`; the file with as many folders in front as tell it from others.
+      region: what holds for that line, and in the functions that it calls.
+      reason: one sentence.
+    """
+
+    line: str
+    region: Region
+    reason: str
+
+    def matches(self, source: str) -> bool:
+        """Whether a source line, as "/home/me/model.py:41:8 (forward)", is this one; 8 is the column."""
+        return f"/{self.line}:" in f"/{source.split(' (', 1)[0]}:"
+
+
 # What is not in the table keeps its own dtypes: never silently narrowed.
 UNLISTED = Rule(Kind.OPAQUE, "not in the rule table: left exactly as written")
 
@@ -61,6 +81,7 @@ class Rules:
 
     rows: tuple[tuple[str, Rule], ...]
     paths: tuple[PathRule, ...] = ()
+    lines: tuple[LineRule, ...] = ()
 
     @functools.cached_property
     def _table(self) -> MappingProxyType[str, Rule]:
@@ -115,15 +136,42 @@ class Rules:
         >>> rules = mp.default_rules().with_path(r".*/router", "full", "its scores decide who computes")
         """
         check_pattern(pattern)
-        if not (isinstance(kind, str) and kind.upper() in Region.__members__):
+        rule = PathRule(pattern, _region(kind, f"with_path({pattern!r}"), reason)
+        return dataclasses.replace(self, paths=(*self.paths, rule))
+
+    def with_line(self, line: str, kind: str, reason: str) -> "Rules":
+        """Returns these rules with an exception for what one line of source code does, and the functions it calls.
+
+        For code without modules or name scopes, where `mp.full_precision` cannot be written, or to try something out:
+        line numbers move as code is edited, and a rule that matches no line is warned of. `mp.explain` and
+        `mp.diagnostics.compare` print the lines; a call may have several in a traceback, and the innermost outside of
+        JAX counts. Regions in the code and rules for paths come before rules for lines.
+
+        Args:
+          line: file and line, such as `"model.py:41"`, or with folders, `"flax/linen/linear.py:280"`.
+          kind: `"full"` for float32, `"keep"` for exactly as written.
+          reason: one sentence.
+
+        Raises:
+          ValueError: `line` is no file and line, or `kind` none of these.
+
+        >>> import mpjax as mp
+        >>> rules = mp.default_rules().with_line("model.py:41", "full", "large arguments of a sine")
+        """
+        if not (isinstance(line, str) and re.fullmatch(r".*[^:/]:\d+", line)):
             raise ValueError(
                 problem(
-                    f"kind is {kind!r}.",
-                    expected=f"one of {', '.join(k.lower() for k in Region.__members__)}",
-                    write=f'mp.default_rules().with_path({pattern!r}, "full", "diverges otherwise")',
+                    f"line is {line!r}.",
+                    expected="a file and the number of a line in it",
+                    write='mp.default_rules().with_line("model.py:41", "full", "diverges otherwise")',
                 )
             )
-        return dataclasses.replace(self, paths=(*self.paths, PathRule(pattern, Region[kind.upper()], reason)))
+        rule = LineRule(line, _region(kind, f"with_line({line!r}"), reason)
+        return dataclasses.replace(self, lines=(*self.lines, rule))
+
+    def at_line(self, source: str) -> LineRule | None:
+        """The exception that holds for a source line; the last one added where there are several."""
+        return next((rule for rule in reversed(self.lines) if rule.matches(source)), None)
 
     def exception(self, path: tuple[str, ...]) -> PathRule | None:
         """The exception that holds for a path of name scopes.
@@ -143,8 +191,20 @@ class Rules:
             )
         return found[0] if found else None
 
-    def warn_of_unused(self, paths: Iterable[tuple[str, ...]]) -> None:
-        """Warns of exceptions that match none of these paths."""
+    def warn_of_unused(self, paths: Iterable[tuple[str, ...]], sources: Iterable[str]) -> None:
+        """Warns of exceptions that match none of these paths or source lines."""
+        unused_lines = [rule.line for rule in self.lines if not any(map(rule.matches, sources))]
+        if unused_lines:
+            warnings.warn(
+                problem(
+                    f"rules that match no line: {', '.join(map(repr, unused_lines))}. The lines are\n"
+                    f"{listing(list(sources))}",
+                    expected="each rule to match a line of the function; code that was edited has other numbers",
+                    write='mp.default_rules().with_path(r".*/norm_1", "full", "..."), which an edit does not break',
+                ),
+                UserWarning,
+                stacklevel=users_stacklevel(),
+            )
         unused = [rule.pattern for rule in self.paths if not any(map(rule.matches, paths))]
         if unused:
             warnings.warn(
@@ -157,6 +217,18 @@ class Rules:
                 UserWarning,
                 stacklevel=users_stacklevel(),
             )
+
+
+def _region(kind: Any, call: str) -> Region:
+    if not (isinstance(kind, str) and kind.upper() in Region.__members__):
+        raise ValueError(
+            problem(
+                f"kind is {kind!r}.",
+                expected=f"one of {', '.join(k.lower() for k in Region.__members__)}",
+                write=f'mp.default_rules().{call}, "full", "diverges otherwise")',
+            )
+        )
+    return Region[kind.upper()]
 
 
 @functools.cache

@@ -2,6 +2,11 @@
 
 from mpjax.diagnostics._amax import Amaxes as Amaxes
 from mpjax.diagnostics._amax import record_amax as record_amax
+from mpjax.diagnostics._compare import compare as compare
+from mpjax.diagnostics._compare import suggest as suggest
+from mpjax.diagnostics._comparison import Comparison as Comparison
+from mpjax.diagnostics._comparison import Fix as Fix
+from mpjax.diagnostics._comparison import OperationError as OperationError
 from mpjax.diagnostics._explain import explain as explain
 from mpjax.diagnostics._explanation import Cast as Cast
 from mpjax.diagnostics._explanation import Difference as Difference

@@ -1,7 +1,6 @@
 """The evaluation behind `locate_nonfinite`: each non-finite value knows which operations it comes from."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from mpjax.diagnostics._origins import NONE, Origin, Value, inherited, is_check,
 from mpjax.diagnostics._place import CALLS, RULED, Place, called, count_equations, is_reference
 from mpjax.diagnostics._reasons import reason
 from mpjax.diagnostics._taps import Taps, expanded, tapped, tapped_equation
+from mpjax.diagnostics._widened import STATEFUL, widened_params
 from mpjax.diagnostics._worlds import Devices, World
 
 # A body of fewer equations is evaluated one by one at once: that is faster than to compile it.
@@ -190,7 +190,7 @@ class Search:
 
     def _operation(self, eqn: Any, ins: list[Value], here: Place) -> list[Value]:
         arrays = self._world.bind(eqn, [v.array for v in ins])
-        if eqn.primitive.name in _STATEFUL:
+        if eqn.primitive.name in STATEFUL:
             ins = self._remembered(ins)
         found = [nan_and_inf(x) for x in arrays]
         if eqn.primitive.name == "select_n":
@@ -220,7 +220,7 @@ class Search:
 
     def _bad_by_itself(self, eqn: Any, ins: list[Value]) -> bool:
         """Whether the finite numbers of an operation make something non-finite too, next to those that are not."""
-        if eqn.primitive.name in (*MOVES, *_STATEFUL):
+        if eqn.primitive.name in (*MOVES, *STATEFUL):
             return False
         cleaned = [jnp.where(jnp.isfinite(v.array), v.array, jnp.ones_like(v.array)) if v.bad else v.array for v in ins]
         return any(any(nan_and_inf(x)) for x in self._world.bind(eqn, cleaned))
@@ -259,15 +259,12 @@ class Search:
 
     def _in_float32(self, eqn: Any, ins: list[Value], arrays: list[Any]) -> float | None:
         """The largest magnitude in float32 of what is not finite in 16 bits; None if it is not finite there either."""
-        if not any(x.dtype in _LOW for x in arrays) or eqn.params.keys() & _BODIES or eqn.primitive.name in _STATEFUL:
+        if not any(x.dtype in _LOW for x in arrays):
+            return None
+        changes = widened_params(eqn, FLOAT32, lambda dtype: dtype in _LOW)
+        if changes is None:
             return None
         wide = [v.array.astype(FLOAT32) if v.array.dtype in _LOW else v.array for v in ins]
-        changes: dict[str, Any] = {k: FLOAT32 for k, x in eqn.params.items() if isinstance(x, np.dtype) and x in _LOW}
-        if update := eqn.params.get("update_jaxpr"):  # what a scatter does to two numbers
-            inner, _ = open_jaxpr(update)
-            both = (jnp.zeros((), FLOAT32),) * 2
-            run = functools.partial(tapped, Taps(lambda eqn, path: False), inner, eqn.params["update_consts"])
-            changes["update_jaxpr"], _ = open_jaxpr(jax.make_jaxpr(lambda *xs: run(xs)[0])(*both))
         try:
             exact = self._world.bind(eqn, wide, **changes)
         except (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
@@ -289,10 +286,6 @@ class Search:
 
 
 _NO_LINE = "an unknown line"
-# What reads and writes references: evaluated once, and never to try something out.
-_STATEFUL = ("get", "swap", "addupdate")
-# Parameters that hold a function, whose dtypes are its own.
-_BODIES = {"jaxpr", "call_jaxpr", "jaxprs", "callback", "exported", "result_avals"}
 
 
 def _line(eqn: Any) -> str:
