@@ -46,6 +46,13 @@ def tiny(x, w):
     return jnp.exp(h).sum()
 
 
+def test_a_lookup_that_is_narrowed_as_a_whole_has_its_reason():
+    found = explain(lambda t, w, i: jnp.take(t, i, axis=0) @ w, X, W, jnp.arange(3))
+    row = row_of(found, "jit")
+    assert row.reason == "rows of a table that matrix work reads in the end: an activation"
+    assert (row.mark, row.flops, row.count) == ("LOW", 0, 1)
+
+
 GOLDEN = """\
 params=float32,compute=bfloat16,output=float32
 

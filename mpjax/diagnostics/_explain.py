@@ -124,7 +124,9 @@ def _read(jaxpr: Any, notes: list[Any], rules: Rules, policy: str, under: Callab
         name, line = eqn.primitive.name, source_line(eqn)
         if note and eqn.primitive is note[0].primitive and _was_left(*note, rules):
             unentered[NotEntered(note[0].primitive.name, path, line, note[1].reason)] = None
-        if not _is_operation(eqn):
+        # A call that is an activation as a whole, as `jnp.take` of an embedding is: the reason is nowhere inside it.
+        is_call = not _is_operation(eqn)
+        if is_call and not (note and eqn.primitive is note[0].primitive and note[1].action is Action.NARROW):
             continue
         inputs, outputs = _dtypes(eqn.invars), _dtypes(eqn.outvars)
         if name == "convert_element_type" and not (note and note[0].primitive.name == name):
@@ -135,6 +137,8 @@ def _read(jaxpr: Any, notes: list[Any], rules: Rules, policy: str, under: Callab
         direction = "backward" if is_backward(eqn) else "forward"
         group = operations[path, line, name, direction, inputs, outputs, mark, reason]
         group[0] += times
+        if is_call:
+            continue
         group[1] += times * flops(eqn)
         for dtype, size in operand_bytes(eqn).items():
             moved[dtype] += times * size
