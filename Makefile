@@ -32,6 +32,7 @@ bench: .venv/dev .venv-bench/dev .venv-bench-gpu/dev
 	.venv-bench/bin/python benchmarks/weights_cost.py --target v5e --write
 	.venv-bench/bin/python benchmarks/autocast_cost.py --target v5e --write
 	.venv-bench/bin/python benchmarks/wire_bytes.py --write
+	.venv-bench/bin/python benchmarks/large_slice.py --write
 	.venv-bench/bin/python benchmarks/autocast_trace.py --write
 	.venv-bench-gpu/bin/python benchmarks/autocast_cost.py --target h100 --write
 	.venv-bench-gpu/bin/python benchmarks/weights_cost.py --target h100 --write
