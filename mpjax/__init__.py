@@ -41,7 +41,7 @@ __version__ = importlib.metadata.version("mpjax")
 
 
 def __getattr__(name: str) -> object:
-    # linen and nnx import flax, which `import mpjax` does not; few need aot.
-    if name in ("aot", "linen", "nnx"):
+    # linen and nnx import flax, which `import mpjax` does not; few need aot, or plots.
+    if name in ("aot", "linen", "nnx", "plots"):
         return importlib.import_module(f"mpjax.{name}")
     raise AttributeError(f"module 'mpjax' has no attribute {name!r}")

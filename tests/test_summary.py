@@ -60,7 +60,10 @@ RUNS = {
     "clean": (lambda: run(2.0**10, [1.0] * 9), {}),
     "one overflow": (lambda: run(2.0**10, [1.0] * 8 + [INF, 1.0]), {}),
     "clean, no scale": (lambda: run(None, [1.0] * 9), {}),
-    "NaN data": (lambda: run(2.0**4, [NAN] * 9), {"data": "from step 0 on, down to scale 2**0. "}),
+    "NaN data": (
+        lambda: run(2.0**4, [NAN] * 9),
+        {"data": "or the forward pass overflows: gradients were not finite from step 0 on, down to scale 2**0. "},
+    ),
     "NaN data, no scale": (lambda: run(None, [NAN] * 9), {"data": "from step 0 on. "}),
     "NaN from step 3 on": (
         lambda: run(2.0**4, [1.0] * 3 + [NAN] * 9),

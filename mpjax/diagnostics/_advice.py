@@ -88,11 +88,13 @@ RULES = (
         "data",
         lambda s: _no_step_was_taken(s) and _scaling_cannot_help(s),
         lambda s: (
-            f"your data, your parameters or your loss have NaN or inf: gradients were not finite from step 0 on"
+            f"your data, your parameters or your loss have NaN or inf, or the forward pass overflows: gradients were "
+            f"not finite from step 0 on"
             f"{f', down to scale {power(s.loss_scale)}' if s.kind == 'dynamic' else ''}. "
             "mp.diagnostics.locate_nonfinite finds the operation"
         ),
-        "no step was taken at any scale, so it is not the range of a format",
+        "no step was taken at any scale, and a scale moves gradients alone; a forward pass that leaves float16's range "
+        "stays in bfloat16's",
     ),
     _Rule(
         "floor",

@@ -53,7 +53,7 @@ def summary(opt_state: Any) -> Summary:
         )
     scale, monitor = _one(opt_state, LossScale), _one(opt_state, GradientMonitorState)
     wanted = (skip.skips_total, skip.skips_in_a_row, scale or (), monitor[1:] if monitor else ())
-    total, in_a_row, scale, monitor = jax.device_get(_without_boxes(wanted))
+    total, in_a_row, scale, monitor = jax.device_get(without_boxes(wanted))
     if total.shape != ():
         raise ValueError(
             problem(
@@ -80,7 +80,7 @@ def _one(opt_state: Any, cls: type[Any]) -> Any:
     return found[0] if found else None
 
 
-def _without_boxes(tree: Any) -> Any:
+def without_boxes(tree: Any) -> Any:
     """Arrays in place of the boxes that nnx.Optimizer keeps each of them in."""
     return jax.tree.map(
         lambda box: jax.tree.leaves(box)[0], tree, is_leaf=lambda x: not isinstance(x, tuple | TreeStats | LossScale)
