@@ -1,14 +1,15 @@
-"""The `mpjax` command: what this machine is good for, and a demonstration.
+"""The `mpjax` command: what this machine is good for, tools for a function of yours, and a demonstration.
 
 Nothing heavy is imported until a subcommand runs.
 """
 
-import argparse
-import importlib.metadata
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
-from mpjax.cli._checks import CommandError, require
+from mpjax.cli._checks import CommandError, output_file, require
+from mpjax.cli._parser import make_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,17 +24,20 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
       SystemExit: the arguments cannot be read (code 2), or help or the version was asked for (code 0).
     """
-    args = _parser().parse_args(argv)
+    options = vars(make_parser().parse_args(argv))
+    command = options.pop("command")
     try:
-        if args.command == "info":
-            _run_info(as_json=args.json)
+        if command == "info":
+            _run_info(as_json=options["json"])
+        elif command == "demo":
+            _run_demo(**options)
         else:
-            _run_demo(args.steps, args.out, args.seed)
+            _run_tool(command, options)
     except CommandError as error:
-        print(f"mpjax {args.command}: {error}", file=sys.stderr)
+        print(f"mpjax {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"mpjax {args.command}: interrupted", file=sys.stderr)
+        print(f"mpjax {command}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -53,57 +57,10 @@ def _run_demo(steps: int, out: Path, seed: int) -> None:
     run(steps, out, seed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mpjax", description="Mixed precision for JAX.")
-    parser.add_argument("--version", action="version", version=f"mpjax {importlib.metadata.version('mpjax')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
-
-    info = commands.add_parser(
-        "info",
-        help="devices, versions and the precision to train in here",
-        description="Prints this machine's devices, the versions in use, the table behind mpjax.default_policy "
-        "with this machine's row marked, and the policy to train with here.",
-    )
-    info.add_argument("--json", action="store_true", help="print the same as JSON")
-
-    demo = commands.add_parser(
-        "demo",
-        help="train two networks in four precisions and compare",
-        description="Trains two small networks on scikit-learn's handwritten digits in float32, bfloat16, and "
-        "float16 without and with dynamic loss scaling, from the same parameters on the same batches. "
-        "Takes a minute or two on a CPU; prints one table and writes one figure.",
-    )
-    demo.add_argument(
-        "--steps", type=_positive, default=1200, help="training steps of each of the eight runs (default: %(default)s)"
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out"),
-        metavar="DIR|FILE.png",
-        help="folder for demo.png, or the figure's own path (default: %(default)s)",
-    )
-    demo.add_argument(
-        "--seed", type=_natural, default=0, help="seed of initial parameters and batch order (default: %(default)s)"
-    )
-    return parser
-
-
-def _positive(text: str) -> int:
-    return _whole_number(text, at_least=1)
-
-
-def _natural(text: str) -> int:
-    return _whole_number(text, at_least=0)
-
-
-def _whole_number(text: str, at_least: int) -> int:
-    # The seed becomes an int32 inside JAX; no one trains the demo for 2**31 steps.
-    limit = 2**31
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if not at_least <= number < limit:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {at_least} to {limit - 1}")
-    return number
+def _run_tool(command: str, options: dict[str, Any]) -> None:
+    """Runs `explain`, `compare`, `fit` or `bench`, each a file with a function `run` of the options."""
+    require(command, "rich", *(["matplotlib"] if options["png"] else []))
+    # Before the long work: a file that cannot be written.
+    for option in ("json", "png"):
+        output_file(f"--{option}", options[option])
+    importlib.import_module(f"mpjax.cli._{command}").run(**options)

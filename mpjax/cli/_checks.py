@@ -23,15 +23,15 @@ def require(command: str, *modules: str) -> None:
     Raises:
       CommandError: some are not installed; the message is one line with the pip command to run.
     """
-    missing = []
+    missing: dict[str, None] = {}
     for module in modules:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             # A package that is there but lacks one of its own needs says so better itself.
-            if error.name != module:
+            if error.name not in modules:
                 raise
-            missing.append(_PIP_NAMES.get(module, module))
+            missing[_PIP_NAMES.get(error.name, error.name)] = None
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise CommandError(
@@ -74,9 +74,32 @@ def figure_path(out: Path, name: str) -> Path:
     if suffix in (".pdf", ".svg", ".jpg", ".jpeg") and not out.is_dir():
         raise CommandError(problem(f"--out is {out}.", expected="a folder or a path that ends in .png", write=example))
     path = out if suffix == ".png" and not out.is_dir() else out / name
+    _try_to_write(path, f"--out is {out}", example)
+    return path
+
+
+def output_file(option: str, path: Path | None) -> Path | None:
+    """Checks that the file of `--json` or `--png` can be written, and makes its folder.
+
+    Raises:
+      CommandError: it cannot, or `--png` has the suffix of another image format.
+    """
+    if path is None:
+        return None
+    suffix = f".{option.removeprefix('--')}"
+    example = f"{option} out/result{suffix}"
+    if option == "--png" and path.suffix.lower() != suffix:
+        raise CommandError(problem(f"--png is {path}.", expected="a path that ends in .png", write=example))
+    _try_to_write(path, f"{option} is {path}", example)
+    return path
+
+
+def _try_to_write(path: Path, what: str, example: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
+        if path.exists() and not path.is_file():  # a device, which writing whole would put a file in the place of
+            raise OSError(f"{path} is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Permission bits do not say it all (read-only mounts, quotas): only writing shows that one can write.
         with tempfile.NamedTemporaryFile(dir=path.parent):
@@ -84,12 +107,11 @@ def figure_path(out: Path, name: str) -> Path:
     except OSError as error:
         raise CommandError(
             problem(
-                f"--out is {out}: cannot write {path} ({error.strerror or error}).",
+                f"{what}: cannot write {path} ({error.strerror or error}).",
                 expected="a folder that can be written to",
                 write=example,
             )
         ) from error
-    return path
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -108,6 +130,6 @@ def write_whole(path: Path, content: bytes) -> None:
             problem(
                 f"cannot write {path} ({error.strerror or error}).",
                 expected="a folder that can be written to",
-                write=f"mpjax demo --out out/{path.name}",
+                write=f"out/{path.name}",
             )
         ) from error
