@@ -36,6 +36,8 @@ bench: .venv/dev .venv-bench/dev .venv-bench-gpu/dev
 	.venv-bench/bin/python benchmarks/autocast_trace.py --write
 	.venv-bench-gpu/bin/python benchmarks/autocast_cost.py --target h100 --write
 	.venv-bench-gpu/bin/python benchmarks/weights_cost.py --target h100 --write
+	.venv-bench-gpu/bin/python benchmarks/fp8_hlo.py --write
+	.venv/bin/python benchmarks/fp8_convergence.py --steps 500 --seeds 3 --write
 
 clean:
 	rm -rf .venv .venv-newest .venv-bench .venv-bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis out

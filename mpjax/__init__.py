@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 
 from mpjax import diagnostics as diagnostics
+from mpjax import fp8 as fp8
 from mpjax import transforms as transforms
 from mpjax._accumulate import accumulate as accumulate
 from mpjax._autocast import Rules as Rules

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax._src.config
+import jax._src.core
 import jax._src.hardware_utils
 import jax._src.lax.lax
 import jax.custom_derivatives
@@ -166,18 +167,23 @@ def custom_vjp_rule(eqn: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
-# Part of the key of jit's caches: what was traced for another platform is traced again.
-_traced_for = jax.make_user_context(default_value="")
+# Part of the key of jit's caches: what was traced for another device is traced again.
+_traced_for = jax.make_user_context(default_value=("", None))
 
 
 def target_platform() -> str:
     """The platform that programs are traced for: "cpu", "gpu" or "tpu"."""
-    return _traced_for.value or jax.default_backend()
+    return _traced_for.value[0] or jax.default_backend()
 
 
-def tracing_for(platform: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which programs are traced for a platform that this process need not have."""
-    return _traced_for(platform)
+def target_has_float8() -> bool | None:
+    """Whether the device of `tracing_for` has fp8 units; None outside of that, where this process's devices tell."""
+    return _traced_for.value[1]
+
+
+def tracing_for(platform: str, float8: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """A context in which programs are traced for a device that this process need not have."""
+    return _traced_for((platform, float8))
 
 
 def is_loaded(plugin: str) -> bool:
@@ -190,66 +196,58 @@ def tpu_chips() -> int:
     return int(jax._src.hardware_utils.num_available_tpu_chips_and_device_id()[0])
 
 
-_float32_tangent = jax.extend.core.Primitive("float32_tangent")
+def matrix_tangent(name: str, value: Callable[..., Any], transpose: Callable[..., Any], batch: Any) -> Any:
+    """A new primitive for the derivative of a dot or convolution by one operand, with a transpose of its own.
 
-
-def float32_tangent(matrix: Any, position: int, operands: Sequence[Any], params: dict[str, Any]) -> Any:
-    """A dot with one float32 operand, cast to the dtype of the result, and low ones otherwise.
-
-    It is linear in that operand, and transposed it gives a float32 gradient: the accumulator, never rounded. JAX has
-    no way to say that of an existing primitive, whose transpose has the dtype of its result.
+    It takes the tangent, the other operand and constants; the primitive (`matrix`), the tangent's `position` in it, the
+    `dtype` of the result, what else is to be told (`method`), and parameters of `matrix`.
 
     Args:
-      matrix: the primitive, `dot_general`.
-      position: of the float32 operand.
-      operands: of that primitive.
-      params: of that primitive, with `preferred_element_type`.
+      name: as jaxprs print it.
+      value: what it computes.
+      transpose: the gradient in `dtype`, of the cotangent, the transpose of `matrix` (of two arrays and its result's
+        dtype), the other operand and constants.
+      batch: its batching rule.
     """
-    return _float32_tangent.bind(*operands, matrix=matrix, position=position, **params)
+    new, ad = jax.extend.core.Primitive(name), jax.interpreters.ad
+
+    def aval(*avals: Any, matrix: Any, position: int, dtype: Any, method: Any, **params: Any) -> Any:
+        operands = [x.update(dtype=dtype) for x in avals[:2]]
+        return matrix.abstract_eval(*operands[:: 1 - 2 * position], **params, preferred_element_type=dtype)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        changes = [(i, tangent) for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+        parts = [new.bind(*primals[:i], tangent, *primals[i + 1 :], **params) for i, tangent in changes]
+        return new.bind(*primals, **params), sum(parts[1:], parts[0])
+
+    def transposed(
+        cotangent: Any, *operands: Any, matrix: Any, position: int, dtype: Any, method: Any, **params: Any
+    ) -> Any:
+        by_tangent = isinstance(operands[0], ad.UndefinedPrimal)
+        wanted = operands[0 if by_tangent else 1]
+
+        def backward(cotangent: Any, known: Any, dtype: Any, **changes: Any) -> Any:
+            unknown = ad.UndefinedPrimal(wanted.aval.update(dtype=dtype))
+            pair = [unknown, known][:: 1 if by_tangent == (position == 0) else -1]
+            changed = {**params, "preferred_element_type": dtype, **changes}
+            return next(x for x in ad.get_primitive_transpose(matrix)(cotangent, *pair, **changed) if x is not None)
+
+        if by_tangent:
+            own = {"position": position, "dtype": wanted.aval.dtype, "method": method, **params}
+            return [transpose(cotangent, backward, *operands[1:], **own), *(None for _ in operands[1:])]
+        return [None, backward(cotangent, jax.lax.convert_element_type(operands[0], dtype), dtype)]
+
+    new.def_impl(value)
+    new.def_effectful_abstract_eval(aval)
+    jax.interpreters.mlir.register_lowering(new, jax.interpreters.mlir.lower_fun(value, multiple_results=False))
+    ad.primitive_jvps[new], ad.primitive_transposes[new] = jvp, transposed
+    jax.interpreters.batching.primitive_batchers[new] = batch
+    return new
 
 
-def _as_low(*operands: Any, matrix: Any, position: int, **params: Any) -> Any:
-    low = jax.lax.convert_element_type(operands[position], params["preferred_element_type"])
-    return matrix.bind(*operands[:position], low, *operands[position + 1 :], **params)
-
-
-def _float32_tangent_aval(*avals: Any, matrix: Any, position: int, **params: Any) -> Any:
-    low = avals[position].update(dtype=params["preferred_element_type"])
-    return matrix.abstract_eval(*avals[:position], low, *avals[position + 1 :], **params)
-
-
-def _float32_tangent_jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    parts = [
-        _float32_tangent.bind(*primals[:i], tangent, *primals[i + 1 :], **params)
-        for i, tangent in enumerate(tangents)
-        if not isinstance(tangent, jax.interpreters.ad.Zero)
-    ]
-    return _float32_tangent.bind(*primals, **params), sum(parts[1:], parts[0])
-
-
-def _float32_tangent_transpose(
-    cotangent: Any, *operands: Any, matrix: Any, position: int, **params: Any
-) -> Sequence[Any]:
-    operands_ = list(operands)
-    if isinstance(operands[position], jax.interpreters.ad.UndefinedPrimal):
-        params = {**params, "preferred_element_type": np.dtype(np.float32)}
-    else:
-        operands_[position] = jax.lax.convert_element_type(operands[position], params["preferred_element_type"])
-    return jax.interpreters.ad.get_primitive_transpose(matrix)(cotangent, *operands_, **params)
-
-
-def _float32_tangent_batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, int]:
-    return jax.vmap(functools.partial(_as_low, **params), in_axes=tuple(axes))(*operands), 0
-
-
-_float32_tangent.def_impl(_as_low)
-_float32_tangent.def_effectful_abstract_eval(_float32_tangent_aval)
-jax.interpreters.mlir.register_lowering(
-    _float32_tangent, jax.interpreters.mlir.lower_fun(_as_low, multiple_results=False)
-)
-jax.interpreters.ad.primitive_jvps[_float32_tangent] = _float32_tangent_jvp
-jax.interpreters.ad.primitive_transposes[_float32_tangent] = _float32_tangent_transpose
-jax.interpreters.batching.primitive_batchers[_float32_tangent] = _float32_tangent_batch
+def varying_alike(*xs: Any) -> list[Any]:
+    """Arrays that vary over the same axes of a mesh, as operands of one primitive under shard_map have to."""
+    return list(jax._src.core.auto_insert_reshard(*xs))
 
 
 def abstract(x: Any, row: bool = False, dtype: Any = None) -> jax.ShapeDtypeStruct:
@@ -269,3 +267,34 @@ def abstract(x: Any, row: bool = False, dtype: Any = None) -> jax.ShapeDtypeStru
         sharding=jax.sharding.NamedSharding(aval.sharding.mesh, spec),
         manual_axis_type=manual,
     )
+
+
+def whole_primitive(name: str, value: Callable[..., Any], no_derivative: Callable[[], Exception]) -> Any:
+    """A new primitive for a function of one array that is to stay one equation through every transformation.
+
+    Args:
+      name: as jaxprs print it.
+      value: what it computes: a list of arrays, of one array and static parameters.
+      no_derivative: the error to raise where a derivative is taken.
+    """
+    new = jax.extend.core.Primitive(name)
+    new.multiple_results = True
+
+    def avals(x: Any, **params: Any) -> Any:
+        given = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, manual_axis_type=x.manual_axis_type)
+        jaxpr, _ = open_jaxpr(jax.make_jaxpr(functools.partial(value, **params))(given))
+        return [var.aval for var in jaxpr.outvars]
+
+    def jvp(*_: Any, **params: Any) -> Any:
+        raise no_derivative()
+
+    def batch(operands: Sequence[Any], axes: Sequence[Any], *, mapped: int, **params: Any) -> Any:
+        outs = new.bind(jnp.moveaxis(operands[0], axes[0], 0), mapped=mapped + 1, **params)
+        return outs, [0] * len(outs)
+
+    new.def_impl(value)
+    new.def_abstract_eval(avals)
+    jax.interpreters.mlir.register_lowering(new, jax.interpreters.mlir.lower_fun(value, multiple_results=True))
+    jax.interpreters.ad.primitive_jvps[new] = jvp
+    jax.interpreters.batching.primitive_batchers[new] = batch
+    return new

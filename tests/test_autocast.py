@@ -418,6 +418,6 @@ class TestRules:
         with pytest.raises(ValueError, match="one of low, full, sum, follow, pass, opaque"):
             mp.default_rules().with_rule("tanh", "half", "?")
 
-    def test_fp8_is_refused(self):
-        with pytest.raises(NotImplementedError, match="16 or 32 bits"):
-            mp.autocast(mlp, "mixed_float8")
+    def test_a_format_for_gradients_is_refused(self):
+        with pytest.raises(ValueError, match="float8_e5m2, a format for gradients"):
+            mp.autocast(mlp, "compute=float8_e5m2,output=float32")

@@ -418,9 +418,9 @@ class TestArguments:
         ("policy", "error", "message"),
         [
             ("halves", ValueError, "halves"),
-            ("mixed_float8", NotImplementedError, "expected: a compute dtype of 16 or 32 bits"),
+            ("compute=float8_e5m2,output=float32", ValueError, "expected: float8_e4m3fn"),
         ],
-        ids=["unknown", "fp8"],
+        ids=["unknown", "a format for gradients"],
     )
     def test_a_policy_that_autocast_refuses(self, policy, error, message):
         with pytest.raises(error, match=message):

@@ -21,6 +21,11 @@ ROWS = [
     ["_dynamic_loss_scale", "_policy_grammar", "_overrides"],
     ["_convert", "_apply_to"],
     ["_policy", "_grad", "_accumulate", "_read_loss_scale"],
+    ["fp8._formats"],
+    ["fp8._scaling", "fp8._recipe"],
+    ["fp8._markers"],
+    ["fp8._dot"],
+    ["fp8"],
     ["_autocast._marks", "_autocast._tables", "_autocast._regions"],
     ["_autocast._rules"],
     ["_autocast._reads", "_autocast._context", "_autocast._softmax", "_autocast._weights"],
@@ -41,7 +46,9 @@ ROWS = [
     ["diagnostics._taps", "diagnostics._located", "diagnostics._worlds"],
     ["diagnostics._memory", "diagnostics._summary_value", "diagnostics._amax", "diagnostics._reasons"],
     ["diagnostics._advice", "diagnostics._origins"],
-    ["diagnostics._widened", "diagnostics._pairs"],
+    ["diagnostics._widened", "diagnostics._pairs", "fp8._places"],
+    ["fp8._delayed"],
+    ["diagnostics._fp8_report"],
     ["diagnostics._sites"],
     ["diagnostics._search", "diagnostics._paired"],
     ["diagnostics._measured", "diagnostics._comparison"],
@@ -134,7 +141,7 @@ def test_only_cli_imports_flax(path):
 
 # Flax's own rooms, which `import mpjax` does not open; a table that rich prints when it is asked to.
 ALLOWED = {name: {"flax"} for name in ("linen.py", "nnx/_autocast.py", "nnx/_grad.py")}
-ALLOWED |= {f"diagnostics/_{name}.py": {"rich"} for name in ("explanation", "memory", "comparison")}
+ALLOWED |= {f"diagnostics/_{name}.py": {"rich"} for name in ("explanation", "memory", "comparison", "fp8_report")}
 # Inside of functions: `import mpjax.plots` needs no matplotlib.
 ALLOWED |= {str(p): {"matplotlib"} for p in FILES if p.parts[0] == "plots"}
 
@@ -158,7 +165,7 @@ def test_public_names_are_documented_and_runnable():
         assert thing.__doc__, name
         # The abstract base has no use of its own; its three members show it.
         assert ">>>" in thing.__doc__ or name == "LossScale", f"mpjax.{name} has no example"
-    for room in (mpjax.transforms, mpjax.nnx, mpjax.linen, mpjax.plots):
+    for room in (mpjax.transforms, mpjax.fp8, mpjax.nnx, mpjax.linen, mpjax.plots):
         for name, thing in vars(room).items():
             ours = callable(thing) and getattr(thing, "__module__", "").startswith(room.__name__)
             if not name.startswith("_") and ours:

@@ -52,6 +52,7 @@ STATES = {
     "gradient_monitor": mp.diagnostics.gradient_monitor(
         mp.loss_scaled(optax.adam(1e-3), LOSS_SCALES["dynamic"]), dtype="float16", exponents=(-2, 2)
     ).init(PARAMS),
+    "fp8": mp.fp8.DelayedScaling(("main:0/lhs", "main:0/rhs"), 0, jnp.arange(8.0).reshape(2, 4)),
 }
 
 

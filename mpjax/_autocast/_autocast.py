@@ -1,6 +1,7 @@
 """`mpjax.autocast`: the public entry."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from mpjax._autocast._interpreter import evaluate
 from mpjax._autocast._regions import modules_of
 from mpjax._autocast._rules import Rules, default_rules
 from mpjax._compat import as_function, is_staged, looks_for_nans, open_jaxpr, trace_context, weakly_typed
-from mpjax._dtypes import FLOAT32, is_float8
-from mpjax._errors import problem
+from mpjax._dtypes import BFLOAT16, FLOAT32, is_float8
+from mpjax._errors import problem, users_stacklevel
 from mpjax._policy import Policy, default_policy, get_policy
+from mpjax.fp8._recipe import has_float8
 
 _HIGHER_ORDER: dict[str, Callable[..., Any]] = {
     "jit": _higher_order.call,
@@ -62,6 +64,10 @@ def autocast(
     `jax.lax.all_gather` makes of a weight that matrix work alone reads. There too gradients come back, and those of
     replicated weights are added up, in the reduce dtype; for sums that you write yourself see `Policy.cast_to_reduce`.
 
+    A policy that computes in fp8 (`"mixed_float8"`) is the one in bfloat16, but for products of a weight that are large
+    enough: their operands are in 8 bits, with scales of the moment, as `mpjax.fp8.Recipe` says. They have derivatives
+    of first order alone. On devices without fp8 units they are in bfloat16, with a warning.
+
     What the user decided stays: float64, complex, integer and fp8 values, values that are in half precision
     already, explicit casts and accumulation dtypes.
 
@@ -78,10 +84,10 @@ def autocast(
       traces `fn` once for each signature, as `jit` does.
 
     Raises:
-      NotImplementedError: the policy computes in fp8.
+      ValueError: the policy computes in a format for gradients alone, such as float8_e5m2.
 
     Warns:
-      UserWarning: matrix work that is left in float32, with its source line.
+      UserWarning: matrix work that is left in float32, with its source line; fp8 on a device without it.
 
     >>> import jax, jax.numpy as jnp, mpjax as mp
     >>> loss_fn = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
@@ -92,7 +98,7 @@ def autocast(
     """
     chosen = default_policy() if policy is None else get_policy(policy)
     table = default_rules() if rules is None else rules
-    check_dtype(chosen)
+    _check(chosen, table)
     kept: dict[Any, Any] = {}
 
     @functools.wraps(fn)
@@ -137,16 +143,29 @@ def _trace(fn: Callable[..., Any], inputs: _Tree, arrays: Sequence[Any]) -> tupl
     return jaxpr, consts, outputs[-1]
 
 
-def check_dtype(policy: Policy) -> None:
-    """Raises an error if autocast does not compute in a policy's dtype."""
+def _check(policy: Policy, rules: Rules) -> None:
+    """Raises an error if no weights are computed in a policy's dtype."""
     if is_float8(policy.compute_dtype):
-        raise NotImplementedError(
+        rules.fp8.method(policy.compute_dtype)
+
+
+def _context(policy: Policy, rules: Rules, notes: list[Any] | None = None) -> Context:
+    if not is_float8(policy.compute_dtype):
+        return Context(policy.compute_dtype, policy.reduce_dtype, rules, _HIGHER_ORDER, notes=notes)
+    float8: Any = rules.fp8.method(policy.compute_dtype)
+    if not (float8.emulate or has_float8()):
+        float8 = "this device has no fp8 units"
+        warnings.warn(
             problem(
-                f"the policy {policy} computes in {policy.compute_dtype}.",
-                expected="a compute dtype of 16 or 32 bits",
-                write='mp.autocast(fn, "mixed_bfloat16")',
-            )
+                f"the policy {policy} is computed in bfloat16: {float8}.",
+                expected="an NVIDIA GPU from sm_89 on (L4, H100), AMD MI300, TPU7x; `mpjax info` lists them",
+                write='"mixed_bfloat16"; to try out what fp8 would give, '
+                "mp.default_rules().with_fp8(mp.fp8.Recipe(emulate=True))",
+            ),
+            UserWarning,
+            stacklevel=users_stacklevel(),
         )
+    return Context(BFLOAT16, policy.reduce_dtype, rules, _HIGHER_ORDER, float8=float8, notes=notes)
 
 
 def noted(fn: Callable[..., Any], policy: Policy, rules: Rules) -> tuple[Callable[..., Any], list[Any]]:
@@ -154,16 +173,14 @@ def noted(fn: Callable[..., Any], policy: Policy, rules: Rules) -> tuple[Callabl
 
     The rewritten equations carry the number of their note in a name scope.
     """
-    check_dtype(policy)
+    _check(policy, rules)
     notes: list[Any] = []
     if policy.compute_dtype == FLOAT32:
         return fn, notes
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         inputs, arrays = _Tree.of((args, kwargs))
-        outs, outputs = _evaluated(
-            Context(policy.compute_dtype, policy.reduce_dtype, rules, _HIGHER_ORDER, notes=notes), fn, inputs, arrays
-        )
+        outs, outputs = _evaluated(_context(policy, rules, notes), fn, inputs, arrays)
         return outputs.filled(outs)
 
     return wrapped, notes
@@ -184,7 +201,7 @@ def _widened(ctx: Context, jaxpr: Any, consts: list[Any], arrays: Sequence[Any])
 
 def _call(fn: Callable[..., Any], args: Any, policy: Policy, rules: Rules, kept: dict[Any, Any]) -> Any:
     inputs, arrays = _Tree.of(args)
-    ctx = Context(policy.compute_dtype, policy.reduce_dtype, rules, _HIGHER_ORDER)
+    ctx = _context(policy, rules)
 
     # JAX looks for NaNs where an equation is bound, and not where a kept program is evaluated.
     if looks_for_nans() or any(map(is_staged, arrays)):

@@ -14,6 +14,7 @@ from mpjax._autocast._regions import Region, modules_of, region_of
 from mpjax._autocast._rules import Rules
 from mpjax._compat import is_tracer, name_scopes, source_line
 from mpjax._dtypes import FLOAT32
+from mpjax.fp8._recipe import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Context:
       forced: the region that holds where the path lies in none, and why.
       seen: the regions of all paths so far.
       sources: the source lines so far, if there are rules for lines.
+      float8: how matrix products are computed in 8 bits, or why not; None if the policy does not ask for them.
       notes: each equation with what was decided for it, if that is to be explained.
     """
 
@@ -44,6 +46,7 @@ class Context:
     forced: tuple[Region, str] | None = None
     seen: dict[tuple[str, ...], Region | None] = dataclasses.field(default_factory=dict)
     sources: dict[str, None] = dataclasses.field(default_factory=dict)
+    float8: Method | str | None = None
     notes: list[Any] | None = None
 
     def inside(self, eqn: Any) -> "Context":

@@ -24,10 +24,10 @@ def custom_jvp(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[V
         ctx = ctx.in_float32("a root that is solved for: 16 bits stall at their rounding")
     ins = [ctx.cast(v, boundary_mark(v.mark)) for v in ins]
     _, marks = rewrite(ctx, eqn.params["call_jaxpr"], ins)
-    rule = custom_jvp_rule(eqn)
+    rule, in_rule = custom_jvp_rule(eqn), _in_rule(ctx)
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        outs = _ruled(ctx, rule, [*_like(ins, primals), *_like(ins, tangents)])
+        outs = _ruled(in_rule, rule, [*_like(ins, primals), *_like(ins, tangents)])
         results, changes = outs[: len(marks)], outs[len(marks) :]
         return _arrays(ctx, results, marks), _arrays(ctx, changes, marks)
 
@@ -52,7 +52,7 @@ def custom_vjp(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[V
     def backward(residuals: _Residuals, cotangents: Any) -> tuple[Any, ...]:
         kept = with_marks(residuals.arrays, residuals.marks)
         given = _like(with_marks([None] * len(marks), marks), cotangents)
-        outs = _ruled(ctx, lambda *xs: bwd(xs[: len(kept)], xs[len(kept) :]), [*kept, *given])
+        outs = _ruled(_in_rule(ctx), lambda *xs: bwd(xs[: len(kept)], xs[len(kept) :]), [*kept, *given])
         return tuple(_arrays(ctx, outs, [v.mark for v in ins]))
 
     primal = jax.custom_vjp(_primal(ctx, eqn.params["call_jaxpr"], ins, marks))
@@ -108,6 +108,11 @@ class _Residuals:
 
     arrays: list[Any]
     marks: tuple[Mark | None, ...]
+
+
+def _in_rule(ctx: Context) -> Context:
+    """For a rule of derivatives: what is linear in tangents stays so, and gradients get no format for weights."""
+    return dataclasses.replace(ctx, float8=ctx.float8 and "in a derivative rule, which is written for 16 bits or more")
 
 
 # Stands for an array among what a rule returns.

@@ -3,21 +3,25 @@
 import enum
 from typing import Any, NamedTuple
 
+from jax.lax import Precision
+
 from mpjax._autocast._ahead import feeds_matrix_work
 from mpjax._autocast._context import Context
 from mpjax._autocast._marks import Mark, Value, follow_mark, full_mark, is_weight, reduced_mark
 from mpjax._autocast._patterns import is_half_of_a_pair, is_lookup, is_shift, is_softmax_input, match_softmax
 from mpjax._autocast._reads import Reads, is_never
-from mpjax._autocast._regions import Region
+from mpjax._autocast._regions import Region, modules_of
 from mpjax._autocast._tables import COLLECTIVES, GATHERS, Kind
-from mpjax._compat import inner_jaxprs
+from mpjax._compat import inner_jaxprs, is_backward
 from mpjax._dtypes import FLOAT16, FLOAT32
+from mpjax.fp8._recipe import sizes_of
 
 
 class Action(enum.Enum):
     """How an equation is bound."""
 
     LOW = "float32 inputs cast to the compute dtype"
+    FLOAT8 = "operands brought into 8 bits, the result in the compute dtype"
     WIDE = "inputs in their original dtypes"
     PASS = "inputs as they are"
     DROP = "not at all: it hands its input on"
@@ -65,7 +69,7 @@ def decide(outer: Context, eqn: Any, ins: list[Value], reads: Reads) -> Decision
     if ctx.region is Region.FULL:
         return Decision(Action.WIDE, Mark.FULL, ctx.why_here)
     if rule.kind is Kind.LOW:
-        return Decision(Action.LOW, Mark.LOW, rule.reason)
+        return _matrix_work(ctx, eqn, ins, rule.reason)
     if rule.kind is Kind.FULL:
         return Decision(Action.WIDE, full_mark(v.mark for v in ins), rule.reason)
     if rule.kind is Kind.SUM and name in COLLECTIVES and ctx.reduce == ctx.low and _are_activations(ins):
@@ -113,6 +117,30 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
     if any(v.mark is Mark.FREE and v.const is None for v in ins) and is_softmax_input(eqn, reads):
         return Decision(Action.SATURATE, Mark.LOW, "a softmax reads it: a mask must not become infinite in 16 bits")
     return Decision(Action.LOW, Mark.LOW, reason)
+
+
+def _matrix_work(ctx: Context, eqn: Any, ins: list[Value], reason: str) -> Decision:
+    method = ctx.float8
+    if method is None:
+        return Decision(Action.LOW, Mark.LOW, reason)
+    why_not = method if isinstance(method, str) else _why_not_float8(ctx, eqn, ins)
+    if isinstance(method, str) or why_not:
+        return Decision(Action.LOW, Mark.LOW, f"{ctx.low}, not fp8: {why_not}")
+    how = ", emulated in float32" if method.emulate else ""
+    formats = f"{method.forward}{how}, incoming gradients in {method.backward}"
+    return Decision(Action.FLOAT8, Mark.LOW, f"operands in {formats}; the accumulator is float32")
+
+
+def _why_not_float8(ctx: Context, eqn: Any, ins: list[Value]) -> str | None:
+    if eqn.primitive.name != "dot_general":
+        return "only dot_general is computed in fp8"
+    if not any(map(is_weight, ins)):
+        return "no weight among its operands, as in attention"
+    if is_backward(eqn):
+        return "a gradient that is taken inside of autocast, where no format for gradients is known; take it outside"
+    if eqn.params["precision"] not in (None, (Precision.DEFAULT,) * 2) or eqn.params["out_sharding"] is not None:
+        return "written with a precision or a sharding of its own"
+    return ctx.rules.fp8.why_not(modules_of(ctx.path), sizes_of(eqn))
 
 
 def _are_activations(ins: list[Value]) -> bool:

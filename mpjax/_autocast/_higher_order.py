@@ -32,7 +32,8 @@ def rewrite(
       boundary: what becomes of a result's own mark.
     """
     avals = tuple(v.array if isinstance(v.array, jax.ShapeDtypeStruct) else abstract(v.array) for v in ins)
-    where = (ctx.path if ctx.rules.paths else None, ctx.region, ctx.forced)
+    by_path = ctx.rules.paths or ctx.float8 is not None
+    where = (ctx.path if by_path else None, ctx.region, ctx.forced, ctx.float8)
     marked = tuple((v.mark, v.const) for v in ins)
     key = (id(jaxpr), avals, marked, None if targets is None else tuple(targets), boundary is boundary_mark, where)
     if key in ctx.cache:

@@ -17,6 +17,8 @@ from mpjax._autocast._tables import GATHERS, Kind
 from mpjax._compat import bind, equation_context, inner_jaxprs, is_literal, source_line
 from mpjax._dtypes import FLOAT32
 from mpjax._errors import users_stacklevel
+from mpjax.fp8._dot import dot
+from mpjax.fp8._recipe import Method
 
 
 def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
@@ -67,6 +69,13 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
             softmax = match_softmax(ctx.rules, eqn, reads)
             assert softmax, "decided so because it matches"
             return [Value(softmax(ctx.low), Mark.LOW)]
+        case Action.FLOAT8:
+            assert isinstance(ctx.float8, Method), "decided so because it is"
+            weights = (is_weight(ins[0]), is_weight(ins[1]))
+            # Float32 weights get float32 gradients.
+            keep = ctx.reduce != ctx.low
+            left, right = (v.array if keep and w else ctx.narrow(v) for v, w in zip(ins, weights, strict=True))
+            arrays = [dot(left, right, eqn.params["dimension_numbers"], ctx.low, ctx.float8, weights)]
         case Action.LOW if eqn.primitive.name in ctx.keep_gradients and any(map(is_weight, ins)):
             operands = [v.array if is_weight(v) else ctx.narrow(v) for v in ins]
             params = {**eqn.params, "preferred_element_type": ctx.low}

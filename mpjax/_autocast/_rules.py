@@ -12,6 +12,7 @@ from mpjax._autocast._regions import Region
 from mpjax._autocast._tables import PRESETS, ROWS, Kind
 from mpjax._errors import listing, problem, users_stacklevel
 from mpjax._path_patterns import check_pattern, matches_path
+from mpjax.fp8 import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Rules:
     rows: tuple[tuple[str, Rule], ...]
     paths: tuple[PathRule, ...] = ()
     lines: tuple[LineRule, ...] = ()
+    fp8: Recipe = dataclasses.field(default_factory=Recipe)
 
     @functools.cached_property
     def _table(self) -> MappingProxyType[str, Rule]:
@@ -168,6 +170,28 @@ class Rules:
             )
         rule = LineRule(line, _region(kind, f"with_line({line!r}"), reason)
         return dataclasses.replace(self, lines=(*self.lines, rule))
+
+    def with_fp8(self, recipe: Recipe) -> "Rules":
+        """Returns these rules with another choice of the matrix products that `mixed_float8` computes in fp8, and how.
+
+        Args:
+          recipe: a `mpjax.fp8.Recipe`; other policies do not read it.
+
+        Raises:
+          TypeError: it is none.
+
+        >>> import mpjax as mp
+        >>> rules = mp.default_rules().with_fp8(mp.fp8.Recipe(exclude=(), min_reuse=1000))
+        """
+        if not isinstance(recipe, Recipe):
+            raise TypeError(
+                problem(
+                    f"recipe is {recipe!r}, a {type(recipe).__name__}.",
+                    expected="a mpjax.fp8.Recipe",
+                    write="mp.default_rules().with_fp8(mp.fp8.Recipe(emulate=True))",
+                )
+            )
+        return dataclasses.replace(self, fp8=recipe)
 
     def at_line(self, source: str) -> LineRule | None:
         """The exception that holds for a source line; the last one added where there are several."""

@@ -6,6 +6,7 @@ Left to itself, the gradient of `dot(x, w.astype(bfloat16))` is rounded to bfloa
 that the accumulator had are lost, and over several devices the partial gradients are added up in bfloat16.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,27 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from mpjax._compat import float32_tangent
+from mpjax._compat import matrix_tangent
 from mpjax._dtypes import FLOAT32
+
+
+def _as_low(tangent: Any, other: Any, *, matrix: Any, position: int, dtype: Any, method: None, **params: Any) -> Any:
+    operands = [jax.lax.convert_element_type(tangent, dtype), other]
+    return matrix.bind(*operands[:: 1 - 2 * position], **params, preferred_element_type=dtype)
+
+
+def _transpose(cotangent: Any, backward: Any, other: Any, *, dtype: Any, **_: Any) -> Any:
+    return backward(cotangent, other, dtype)
+
+
+def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, int]:
+    return jax.vmap(functools.partial(_as_low, **params), in_axes=tuple(axes))(*operands), 0
+
+
+# A dot with one float32 operand, cast to the dtype of the result, and a low one. It is linear in the first, and
+# transposed it gives a float32 gradient: the accumulator, never rounded. JAX has no way to say that of an existing
+# primitive, whose transpose has the dtype of its result.
+_float32_tangent = matrix_tangent("float32_tangent", _as_low, _transpose, _batch)
 
 
 def dot(primitive: Any, operands: Sequence[Any], low: Any, params: dict[str, Any]) -> Any:
@@ -26,6 +46,7 @@ def dot(primitive: Any, operands: Sequence[Any], low: Any, params: dict[str, Any
       low: the compute dtype, also that of the result.
       params: the primitive's parameters, `low` as the result's dtype among them.
     """
+    others = {name: value for name, value in params.items() if name != "preferred_element_type"}
 
     def narrowed(operands: Sequence[Any]) -> list[Any]:
         return [jax.lax.convert_element_type(x, low) if x.dtype == FLOAT32 else x for x in operands]
@@ -43,7 +64,9 @@ def dot(primitive: Any, operands: Sequence[Any], low: Any, params: dict[str, Any
                 continue
             changed = [*narrow[:i], tangent, *narrow[i + 1 :]]
             if tangent.dtype == FLOAT32:
-                part = float32_tangent(primitive, i, changed, params)
+                part = _float32_tangent.bind(
+                    tangent, narrow[1 - i], matrix=primitive, position=i, dtype=low, method=None, **others
+                )
             else:
                 part = primitive.bind(*changed, **params)
             change = part if change is None else change + part

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpjax._compat import tracing_for
 from mpjax._errors import problem, shortened
+from mpjax._hardware import hardware_of
 from mpjax.aot._arguments import is_place, placed
 from mpjax.aot._comparison import Comparison
 from mpjax.aot._report import Report
@@ -85,7 +86,9 @@ def compile_for(
             lambda s: NamedSharding(whole, s) if isinstance(s, PartitionSpec) else s, out_shardings, is_leaf=is_place
         )
     jitted: Any = fn if hasattr(fn, "trace") and not options else jax.jit(fn, **options)
-    with tracing_for(found.traced_as), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    device = whole.devices.flat[0]
+    float8 = bool(hardware_of(device).has_fp8(device))
+    with tracing_for(found.traced_as, float8), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         lowered = jitted.trace(*structs).lower(lowering_platforms=(found.platform,))
     about: dict[str, Any] = {"target": target, "title": found.title, "devices": whole.size, "compiler": compiler}
     try:

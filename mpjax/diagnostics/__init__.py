@@ -13,6 +13,10 @@ from mpjax.diagnostics._explanation import Difference as Difference
 from mpjax.diagnostics._explanation import Explanation as Explanation
 from mpjax.diagnostics._explanation import NotEntered as NotEntered
 from mpjax.diagnostics._explanation import Operation as Operation
+from mpjax.diagnostics._fp8_report import Fp8Loss as Fp8Loss
+from mpjax.diagnostics._fp8_report import Fp8Report as Fp8Report
+from mpjax.diagnostics._fp8_report import Fp8Site as Fp8Site
+from mpjax.diagnostics._fp8_report import fp8_report as fp8_report
 from mpjax.diagnostics._gradient_monitor import GradientMonitorState as GradientMonitorState
 from mpjax.diagnostics._gradient_monitor import NonFiniteStep as NonFiniteStep
 from mpjax.diagnostics._gradient_monitor import gradient_monitor as gradient_monitor

@@ -15,9 +15,9 @@ from mpjax._compat import abstract, bind, equation_context, is_literal, open_jax
 from mpjax._dtypes import FLOAT32
 from mpjax.diagnostics._place import CALLS, RULED, Place, called, is_float_array
 
-# Module path, direction and dtype, with the largest magnitude: in the order of the program, which dict does not keep
-# through a transformation.
-Found = OrderedDict[tuple[str, str, str], Any]
+# What is found, by a name: of `Taps.wanted` the largest magnitude by module path, direction and dtype. None is below 0,
+# and the largest of all is kept. In the order of the program, which dict does not keep through a transformation.
+Found = OrderedDict[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Taps:
     Attributes:
       wanted: whether an equation's results are, given its module path.
       enter_ruled: whether functions with rules of their own are entered, which loses the rules.
+      replace: what is evaluated in place of an equation, and found there; None for it to be evaluated as it is.
     """
 
     wanted: Callable[[Any, str], bool]
     enter_ruled: bool = False
+    replace: Callable[[Any, list[Any], Place], tuple[list[Any], Found] | None] = lambda eqn, ins, here: None
 
 
 def tapped(
@@ -58,6 +60,8 @@ def tapped(
 def tapped_equation(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any], Found]:
     """As `tapped`, for one equation in its own context."""
     name = eqn.primitive.name
+    if replaced := taps.replace(eqn, ins, here):
+        return replaced
     if name in CALLS or (name in RULED and taps.enter_ruled):
         return _call(taps, eqn, ins, here)
     if enter := _ENTERED.get(name):
@@ -71,7 +75,7 @@ def tapped_equation(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[
     return outs, found
 
 
-def _merge(found: Found, more: dict[tuple[str, str, str], Any]) -> None:
+def _merge(found: Found, more: dict[Any, Any]) -> None:
     for key, x in more.items():
         found[key] = jnp.maximum(found[key], x) if key in found else x
 
@@ -108,7 +112,11 @@ def _remat(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any]
         keys[:] = found
         return [*outs, *found.values()]
 
-    new, _ = open_jaxpr(jax.make_jaxpr(run)(*map(abstract, ins)))
+    new, closed_over = open_jaxpr(jax.make_jaxpr(run)(*map(abstract, ins)))
+    if closed_over:  # by what replaces equations: operands too, for the body has no constants of its own
+        ins, n, body = [*closed_over, *ins], len(closed_over), new
+        again = jax.make_jaxpr(lambda *xs: tapped(Taps(lambda eqn, path: False), body, xs[:n], xs[n:])[0])
+        new, _ = open_jaxpr(again(*map(abstract, ins)))
     outs = bind(eqn, ins, jaxpr=new)
     results = len(inner.outvars)
     return outs[:results], OrderedDict(zip(keys, outs[results:], strict=True))
