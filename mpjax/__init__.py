@@ -5,8 +5,8 @@ The names here are the public API; modules that start with an underscore are not
 
 import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING
 
-from mpjax import diagnostics as diagnostics
 from mpjax import fp8 as fp8
 from mpjax import transforms as transforms
 from mpjax._accumulate import accumulate as accumulate
@@ -32,7 +32,6 @@ from mpjax._policy import get_policy as get_policy
 from mpjax._read_loss_scale import read_loss_scale as read_loss_scale
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import select_tree as select_tree
-from mpjax.diagnostics import explain as explain
 from mpjax.transforms import get_loss_scale as get_loss_scale
 from mpjax.transforms import loss_scaled as loss_scaled
 from mpjax.transforms import skip_on_overflow as skip_on_overflow
@@ -40,9 +39,26 @@ from mpjax.transforms import unscale as unscale
 
 __version__ = importlib.metadata.version("mpjax")
 
+# Imported when they are first named. linen and nnx import flax, which `import mpjax` does not; the others take as long
+# as all the rest, and a training step needs none of them.
+_ROOMS = ("aot", "diagnostics", "linen", "nnx", "plots")
 
-def __getattr__(name: str) -> object:
-    # linen and nnx import flax, which `import mpjax` does not; few need aot, or plots.
-    if name in ("aot", "linen", "nnx", "plots"):
-        return importlib.import_module(f"mpjax.{name}")
-    raise AttributeError(f"module 'mpjax' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from mpjax import aot as aot
+    from mpjax import diagnostics as diagnostics
+    from mpjax import linen as linen
+    from mpjax import nnx as nnx
+    from mpjax import plots as plots
+    from mpjax.diagnostics import explain as explain
+else:  # A type checker would take every misspelt name for one that __getattr__ finds.
+
+    def __getattr__(name: str) -> object:
+        if name in _ROOMS:
+            return importlib.import_module(f"mpjax.{name}")
+        if name == "explain":
+            return importlib.import_module("mpjax.diagnostics").explain
+        raise AttributeError(f"module 'mpjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, "explain"})

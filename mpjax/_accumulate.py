@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._compat import as_function, is_float0, no_gradient
+from mpjax._compat import is_float0, no_gradient
 from mpjax._dtypes import FLOAT32, wide_dtype
 from mpjax._errors import listing, problem
 from mpjax._tree import agreed, all_finite, path_name
 from mpjax._typing import Tree
+from mpjax.fp8._markers import weights_first
 
 
 def accumulate(
@@ -36,6 +37,8 @@ def accumulate(
 
     All microbatches weigh the same. Where a loss is a mean over a number that varies (tokens that are not masked),
     return `microbatches * jnp.sum(losses * mask) / tokens` instead, with the whole batch's `tokens` as a keyword.
+
+    Weights that `mixed_float8` brings into 8 bits are so once, before the loop.
 
     Args:
       grad_fn: `mpjax.value_and_grad(loss_fn, loss_scale, ...)` or jax's own: returns `(loss, grads)` or
@@ -97,7 +100,7 @@ def accumulate(
 
         # Traced once, here, for the shapes of what it returns, and only evaluated in the loop.
         jaxpr, shapes = jax.make_jaxpr(one, return_shape=True)(jnp.zeros([], jnp.int32))
-        run, structure = as_function(jaxpr), jax.tree.structure(shapes)
+        run, structure = weights_first(jaxpr), jax.tree.structure(shapes)
         if aux == "mean":
             _check_has_mean(shapes[1])
 

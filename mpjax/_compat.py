@@ -1,5 +1,6 @@
 """The one file that may touch what JAX moves between releases; it exports capabilities, not versions."""
 
+# Not jax.extend, which has some of the same names: it imports Pallas, longer than all of mpjax takes.
 import contextlib
 import functools
 import os
@@ -10,10 +11,10 @@ import jax
 import jax._src.config
 import jax._src.core
 import jax._src.hardware_utils
+import jax._src.interpreters.partial_eval
 import jax._src.lax.lax
+import jax._src.source_info_util
 import jax.custom_derivatives
-import jax.extend.core
-import jax.extend.source_info_util
 import jax.interpreters.ad
 import jax.interpreters.batching
 import jax.interpreters.mlir
@@ -22,7 +23,7 @@ import jaxlib.xla_client
 import numpy as np
 
 # Messages and profiles then name the user's line, and not the one in here that traced it.
-jax.extend.source_info_util.register_exclusion(os.path.dirname(__file__))
+jax._src.source_info_util.register_exclusion(os.path.dirname(__file__))
 
 
 def is_tracer(x: Any) -> bool:
@@ -52,12 +53,12 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 def is_literal(atom: Any) -> bool:
     """Whether an operand of an equation is a literal: it has its value in `.val`."""
-    return isinstance(atom, jax.extend.core.Literal)
+    return isinstance(atom, jax._src.core.Literal)
 
 
 def equation_context(eqn: Any) -> contextlib.AbstractContextManager[Any]:
     """What has to hold while an equation is bound again: its source line, name stack and settings."""
-    util = jax.extend.source_info_util
+    util = jax._src.source_info_util
     info = eqn.source_info
     stack = contextlib.ExitStack()
     stack.enter_context(util.user_context(info.traceback, name_stack=util.current_name_stack() + info.name_stack))
@@ -83,12 +84,12 @@ def scan_split(eqn: Any) -> tuple[int, int]:
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs in an equation's parameters."""
-    return [open_jaxpr(jaxpr)[0] for jaxpr in jax.extend.core.jaxprs_in_params(eqn.params)]
+    return [open_jaxpr(jaxpr)[0] for jaxpr in jax._src.core.jaxprs_in_params(eqn.params)]
 
 
-def source_line(eqn: Any) -> str:
-    """Where in the user's code an equation comes from, as "file.py:12 (function)"."""
-    return str(jax.extend.source_info_util.summarize(eqn.source_info))
+def source_line(eqn: Any, calls: int = 1) -> str:
+    """Where in the user's code an equation comes from, as "file.py:12 (function)"; with lines of calls before it."""
+    return str(jax._src.source_info_util.summarize(eqn.source_info, calls))
 
 
 def name_scopes(eqn: Any) -> tuple[str, ...]:
@@ -104,7 +105,17 @@ def is_backward(eqn: Any) -> bool:
 
 def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
     """The function of flat lists that a closed jaxpr stands for."""
-    return jax.extend.core.jaxpr_as_fun(jaxpr)
+    return jax._src.core.jaxpr_as_fun(jaxpr)
+
+
+def with_invariants(jaxpr: Any, saved: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """The function of a closed jaxpr; what `saved`, as a policy of `jax.checkpoint`, names is made here if it can."""
+    pe, (opened, consts) = jax._src.interpreters.partial_eval, open_jaxpr(jaxpr)
+    later = [i >= len(consts) for i in range(len(consts) + len(opened.invars))]
+    known, rest, *_ = pe.partial_eval_jaxpr_custom(pe.convert_constvars_jaxpr(opened), later, True, True, True, saved)
+    known, _ = pe.dce_jaxpr(known, [True] * len(known.outvars), True)
+    kept = [*jax._src.core.eval_jaxpr(known, (), *consts), *consts]
+    return lambda *args: jax._src.core.eval_jaxpr(rest, (), *kept, *args)
 
 
 def trace_context() -> Any:
@@ -202,14 +213,10 @@ def matrix_tangent(name: str, value: Callable[..., Any], transpose: Callable[...
     It takes the tangent, the other operand and constants; the primitive (`matrix`), the tangent's `position` in it, the
     `dtype` of the result, what else is to be told (`method`), and parameters of `matrix`.
 
-    Args:
-      name: as jaxprs print it.
-      value: what it computes.
-      transpose: the gradient in `dtype`, of the cotangent, the transpose of `matrix` (of two arrays and its result's
-        dtype), the other operand and constants.
-      batch: its batching rule.
+    `transpose` is its gradient in `dtype`, of the cotangent, the transpose of `matrix` (of two arrays and its result's
+    dtype), the other operand and constants.
     """
-    new, ad = jax.extend.core.Primitive(name), jax.interpreters.ad
+    new, ad = jax._src.core.Primitive(name), jax.interpreters.ad
 
     def aval(*avals: Any, matrix: Any, position: int, dtype: Any, method: Any, **params: Any) -> Any:
         operands = [x.update(dtype=dtype) for x in avals[:2]]
@@ -237,12 +244,9 @@ def matrix_tangent(name: str, value: Callable[..., Any], transpose: Callable[...
             return [transpose(cotangent, backward, *operands[1:], **own), *(None for _ in operands[1:])]
         return [None, backward(cotangent, jax.lax.convert_element_type(operands[0], dtype), dtype)]
 
-    new.def_impl(value)
     new.def_effectful_abstract_eval(aval)
-    jax.interpreters.mlir.register_lowering(new, jax.interpreters.mlir.lower_fun(value, multiple_results=False))
-    ad.primitive_jvps[new], ad.primitive_transposes[new] = jvp, transposed
-    jax.interpreters.batching.primitive_batchers[new] = batch
-    return new
+    ad.primitive_transposes[new] = transposed
+    return _registered(new, value, jvp, batch)
 
 
 def varying_alike(*xs: Any) -> list[Any]:
@@ -254,30 +258,21 @@ def abstract(x: Any, row: bool = False, dtype: Any = None) -> jax.ShapeDtypeStru
     """The shape and type of a value, or of one row of it, to trace with; possibly in another dtype."""
     aval = jax.typeof(x)
     aval = aval if dtype is None else aval.update(dtype=dtype)
-    start = 1 if row else 0
-    manual = aval.manual_axis_type
-    if manual.empty:
-        return jax.ShapeDtypeStruct(aval.shape[start:], aval.dtype, weak_type=aval.weak_type)
-    # Under shard_map, what a value varies over goes with the mesh that it is on.
-    spec = jax.sharding.PartitionSpec(*aval.sharding.spec[start:])
-    return jax.ShapeDtypeStruct(
-        aval.shape[start:],
-        aval.dtype,
-        weak_type=aval.weak_type,
-        sharding=jax.sharding.NamedSharding(aval.sharding.mesh, spec),
-        manual_axis_type=manual,
-    )
+    start, about = 1 if row else 0, {}
+    if not aval.manual_axis_type.empty:
+        # Under shard_map, what a value varies over goes with the mesh that it is on.
+        spec = jax.sharding.PartitionSpec(*aval.sharding.spec[start:])
+        about["sharding"] = jax.sharding.NamedSharding(aval.sharding.mesh, spec)
+        about["manual_axis_type"] = aval.manual_axis_type
+    return jax.ShapeDtypeStruct(aval.shape[start:], aval.dtype, weak_type=aval.weak_type, **about)
 
 
 def whole_primitive(name: str, value: Callable[..., Any], no_derivative: Callable[[], Exception]) -> Any:
-    """A new primitive for a function of one array that is to stay one equation through every transformation.
+    """A new primitive for a function of one array and static parameters that stays one equation under transformations.
 
-    Args:
-      name: as jaxprs print it.
-      value: what it computes: a list of arrays, of one array and static parameters.
-      no_derivative: the error to raise where a derivative is taken.
+    It returns a list of arrays; where a derivative is taken, `no_derivative` makes the error.
     """
-    new = jax.extend.core.Primitive(name)
+    new = jax._src.core.Primitive(name)
     new.multiple_results = True
 
     def avals(x: Any, **params: Any) -> Any:
@@ -292,9 +287,14 @@ def whole_primitive(name: str, value: Callable[..., Any], no_derivative: Callabl
         outs = new.bind(jnp.moveaxis(operands[0], axes[0], 0), mapped=mapped + 1, **params)
         return outs, [0] * len(outs)
 
-    new.def_impl(value)
     new.def_abstract_eval(avals)
-    jax.interpreters.mlir.register_lowering(new, jax.interpreters.mlir.lower_fun(value, multiple_results=True))
+    return _registered(new, value, jvp, batch)
+
+
+def _registered(new: Any, value: Callable[..., Any], jvp: Callable[..., Any], batch: Callable[..., Any]) -> Any:
+    lowered = jax.interpreters.mlir.lower_fun(value, multiple_results=new.multiple_results)
+    new.def_impl(value)
+    jax.interpreters.mlir.register_lowering(new, lowered)
     jax.interpreters.ad.primitive_jvps[new] = jvp
     jax.interpreters.batching.primitive_batchers[new] = batch
     return new

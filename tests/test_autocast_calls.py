@@ -7,6 +7,7 @@ import re
 import traceback
 
 import jax
+import jax.extend.source_info_util
 import jax.numpy as jnp
 import numpy as np
 import pytest

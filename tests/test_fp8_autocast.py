@@ -16,11 +16,11 @@ from helpers import bits
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxprs import MATRIX, dtypes, matrix_dtypes, trace
+from jaxprs import MATRIX, dtypes, equations, matrix_dtypes, trace
 
 import mpjax as mp
 from mpjax import fp8
-from mpjax._compat import tracing_for
+from mpjax._compat import inner_jaxprs, tracing_for
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -218,6 +218,12 @@ class TestNumbers:
         assert sixteen[-1] < 0.01 * sixteen[0]
         assert abs(eight[-10:].mean() - sixteen[-10:].mean()) < 0.01
 
+    @pytest.mark.parametrize("outer", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
+    def test_inside_of_another_autocast(self, outer):
+        """The float32 products that emulate fp8 are not narrowed: sums of numbers up to 448 squared leave float16."""
+        cast = mp.autocast(layer, "mixed_float8", rules())
+        assert bits(jax.jit(mp.autocast(cast, outer))(W, X)) == bits(jax.jit(cast)(W, X))
+
 
 class TestPrograms:
     @pytest.mark.parametrize("scanned", [False, True])
@@ -273,6 +279,40 @@ class TestPrograms:
         for cast in (inside, outside):
             assert sqnr(jax.jit(cast)(W, xs), true) > 18
             assert matrix_dtypes(on_h100(mp.autocast(cast, "mixed_float8", rules(emulate=False))), W, xs)
+
+
+def layer(w, x):
+    return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+
+def recurrent(ws, x):
+    return lax.scan(lambda x, _: (layer(ws[0], x), None), x, None, length=3)[0]
+
+
+def repeated(ws, x):
+    return lax.scan(lambda x, w: (jax.checkpoint(layer)(w, x), None), x, ws)[0]
+
+
+class TestWeights:
+    """A step brings each into 8 bits once: not in loops that use it again, nor in what a checkpoint makes again."""
+
+    def made(self, eqns):
+        """How often weights are brought into 8 bits."""
+        return sum(e.primitive.name == "fp8_quantize" and e.params["weight"] for e in eqns)
+
+    @pytest.mark.parametrize("fn", [repeated, pytest.param(recurrent, marks=pytest.mark.slow)])
+    def test_in_a_step_and_for_all_microbatches(self, fn):
+        loss = lambda ws, x: jnp.mean(fn(ws, x) ** 2)
+        grad = jax.value_and_grad(mp.autocast(loss, "mixed_float8", rules()))
+        step = mp.accumulate(grad, 2, batch_argnums=1)
+        backward = [e for e in trace(grad, W[None], X) if e.primitive.name == "scan"][-1]
+        microbatches = [e for e in jax.make_jaxpr(step)(W[None], X).eqns if e.primitive.name == "scan"][-1]
+        for loop in (backward, microbatches):
+            assert not self.made(equations(inner_jaxprs(loop)[0]))
+        # Both products of the layer have the one weight, which the compiler finds out.
+        for eqns in (trace(grad, W[None], X), trace(step, W[None], X)):
+            assert self.made(eqns) == 2
+        assert sqnr(jax.jit(step)(W[None], X)[1], jax.jit(jax.grad(loss))(W[None], X)) > 15
 
 
 class TestChoice:

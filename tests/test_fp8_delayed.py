@@ -1,6 +1,8 @@
 """Delayed scaling: what goes into the history, what does not, and that scales come from it."""
 
 import functools
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -89,11 +91,13 @@ class TestSteps:
             _, state = step(state, W, X)
         assert len(traces) == before + 1
 
-    def test_abstract_arguments_and_static_leaves_at_the_start(self):
+    def test_abstract_arguments_and_static_ones(self):
         fn = lambda params, x, how: GRAD(params["w"], x) if how == "grad" else None
         shape = jax.ShapeDtypeStruct((16, 16), jnp.float32)
         state = start(fn, {"w": shape, "none": None}, jax.ShapeDtypeStruct((128, 16), jnp.float32), "grad")
         assert state.names == NAMES
+        # Arguments are counted with the state.
+        jax.jit(mp.fp8.delayed(fn), static_argnums=3).trace(state, {"w": W, "none": None}, X, "grad")
 
 
 def three_times(w, x):
@@ -253,7 +257,9 @@ class TestModels:
             @nn.compact
             def __call__(self, x):
                 shared = nn.Dense(16, use_bias=False, name="shared")
-                return nn.Dense(16, use_bias=False, name="out")(nn.relu(shared(nn.relu(shared(x)))))
+                for _ in range(2):
+                    x = nn.relu(shared(x))
+                return nn.Dense(16, use_bias=False, name="out")(x)
 
         model = Model()
         names = self.run(lambda p, x: jnp.mean(jnp.square(model.apply(p, x))), model.init(jax.random.key(0), X))
@@ -265,12 +271,41 @@ class TestModels:
         graph, state = nnx.split(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
         self.run(lambda state, x: jnp.mean(jnp.square(nnx.merge(graph, state)(x))), state)
 
+    def test_nnx_layers_have_scales_of_their_own(self):
+        """All linear layers of NNX are one line of Flax, in no module; here in two lines of the model."""
+        layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in range(2)]
+        graph, state = nnx.split(nnx.List(layers))
+
+        def loss(state, x):
+            first, second = nnx.merge(graph, state)
+            return jnp.mean(jnp.square(second(jnp.tanh(first(x)))))
+
+        names = self.run(loss, state)
+        assert sorted(names) == sorted(f"main:{i}/{role}" for i in range(2) for role in ("lhs", "rhs", "gradient"))
+
     @pytest.mark.standard_promotion
     def test_equinox(self):
         eqx = pytest.importorskip("equinox")
         model = eqx.nn.MLP(16, 16, 16, 1, key=jax.random.key(0))
         params, static = eqx.partition(model, eqx.is_array)
         self.run(lambda p, x: jnp.mean(jnp.square(jax.vmap(eqx.combine(p, static))(x))), params)
+
+
+@pytest.mark.slow
+def test_it_may_be_the_first_that_is_named():
+    """It needs parts of diagnostics, which need it in turn."""
+    code = "import mpjax as mp; print(mp.fp8.DelayedScaling.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "DelayedScaling\n", done.stderr
+
+
+def test_the_condition_of_a_loop_has_scales_of_the_moment():
+    product = lambda w, x: mp.fp8.dot_general(x, w, (((1,), (0,)), ((), ())))
+    fn = lambda w, x: jax.lax.while_loop(lambda i: (i < 3) & (product(w, x)[0, 0] > -1e9), lambda i: i + 1, 0)
+    count, state = mp.fp8.delayed(fn)(start(fn, W, X), W, X)
+    assert count == 3
+    assert not state.history.any()
+    assert mp.diagnostics.fp8_report(fn)(W, X).sites == ()
 
 
 def test_names_survive_an_edit():
@@ -308,10 +343,11 @@ class TestErrors:
             mp.fp8.init(mp.autocast(loss_fn, "mixed_float8", rules))(W, X)
 
     def test_the_gradient_outside(self):
-        fn = cast(loss_fn)
-        state = start(fn, W, X)
-        with pytest.raises(NotImplementedError, match=r"or one of mp.fp8.delayed"):
-            jax.grad(lambda w: mp.fp8.delayed(fn)(state, w, X)[0])(W)
+        fn = cast(lambda w, x, b: loss_fn(w, x) + jnp.sum(b))
+        state = start(fn, W, X, W)
+        for argument in (1, 3):  # through a product in fp8, and past it
+            with pytest.raises(NotImplementedError, match=r"or one of mp.fp8.delayed"):
+                jax.grad(lambda *args: mp.fp8.delayed(fn)(*args)[0], argument)(state, W, X, W)
 
     @pytest.mark.parametrize(
         ("name", "value"), [("steps", 0), ("steps", 1.5), ("steps", True), ("margin", -1), ("margin", "2")]

@@ -128,14 +128,15 @@ class TestNumbers:
             assert got.shape == exact.shape
             assert sqnr(got, exact) > 20
 
-    @ids(("left", "right", "preferred", "result"), [
+    @ids("dtypes", slow_but_first([
         ("bfloat16", "float32", None, "bfloat16"),
         ("float32", "float32", None, "float32"),
         ("bfloat16", "bfloat16", None, "bfloat16"),
         ("float16", "float32", "float16", "float16"),
         ("float32", "float32", "bfloat16", "bfloat16"),
-    ])  # fmt: skip
-    def test_dtypes(self, left, right, preferred, result):
+    ]))  # fmt: skip
+    def test_dtypes(self, dtypes):
+        left, right, preferred, result = dtypes
         fn = lambda x, w: fp8.dot_general(x, w, MATMUL, None, preferred)
         x, w = jnp.asarray(X, left), jnp.asarray(W, right)
         out, back = jax.vjp(fn, x, w)
@@ -281,21 +282,30 @@ class TestPrograms:
     def test_what_is_kept_for_the_backward_pass_has_8_bits(self):
         _, back = jax.vjp(product(), jnp.asarray(X, jnp.bfloat16), jnp.asarray(W))
         kept = [x for x in jax.tree.leaves(back) if np.size(x) > 1]
-        assert {str(x.dtype) for x in kept} == {"float8_e4m3fn"}
-        assert len(kept) == 2
+        assert [x.dtype.itemsize for x in kept] == [1, 1]
+
+    def test_a_checkpoint_that_keeps_it_loses_nothing(self):
+        """JAX puts `lax.reduce_precision` on what it keeps, which makes NaNs of float8_e4m3fn from 256 up."""
+        layer = lambda x, w: jnp.tanh(product()(x, w))
+        keeping = jax.checkpoint(layer, policy=jax.checkpoint_policies.everything_saveable)
+        for got, true in zip(gradients(keeping, X, W, C), gradients(layer, X, W, C), strict=True):
+            np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-5)
 
     def test_what_checkpoint_policies_keep_of_a_dot_has_16_bits(self):
         layer = jax.checkpoint(product(emulate=False), policy=jax.checkpoint_policies.dots_saveable)
         loss = lambda x, w: jnp.tanh(layer(layer(x, w), w)).astype(jnp.float32).sum()
         x, w = jnp.ones((32, 64), jnp.bfloat16), jnp.ones((64, 64))
         out = jax.vjp(loss, x, w)[1]
-        assert {str(v.dtype) for v in jax.tree.leaves(out) if v.shape == (32, 64)} <= {"bfloat16", "float8_e4m3fn"}
+        assert {str(v.dtype) for v in jax.tree.leaves(out) if v.shape == (32, 64)} <= {"bfloat16", "uint8"}
 
 
 @ids(("call", "error", "message"), [
     (lambda: product(dtype="e5m2")(X, W), ValueError, "the compute dtype is float8_e5m2, a format for gradients"),
     (lambda: product(dtype="bfloat16")(X, W), ValueError, "expected: an 8-bit dtype"),
     (lambda: fp8.dot_general(X, W, MATMUL, out_sharding=P("data")), ValueError, "expected: None: the sharding of"),
+    (lambda: product()(np.ones((16, 16), np.int32), X), TypeError, "an operand is in int32.\n  expected: float32, bf"),
+    (lambda: product()(X, W.astype(np.complex64)), TypeError, "an operand is in complex64"),
+    (lambda: product()(X, jnp.asarray(W, "float8_e4m3fn")), TypeError, "an operand is in float8_e4m3fn"),
     (lambda: product(scaling="row")(X, W), ValueError, "scaling is 'row'.\n  expected: 'tensor' or 'channel'"),
     (lambda: product(gradients="e3m4")(X, W), ValueError, "gradients is 'e3m4'.\n  expected: 'e5m2' or 'e4m3'"),
 ])  # fmt: skip

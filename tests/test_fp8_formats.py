@@ -211,6 +211,19 @@ def test_a_scale_that_is_given():
     assert found.scale.tolist() == [2.0]
 
 
+@pytest.mark.parametrize(("block", "dtype"), [(None, "float32"), ((1, 128), "bfloat16")])
+def test_fake_quantization(block, dtype):
+    """The values are those of a round trip; what comes back as a gradient is what went in, bit for bit."""
+    rng = np.random.default_rng(6)
+    x, c = (jnp.asarray(rng.normal(size=(16, 256)) * np.exp2(rng.integers(-20, 20, (16, 1))), dtype) for _ in range(2))
+    fn = lambda x: fp8.fake_quantize(x, "e4m3", block)
+    out, back = jax.vjp(fn, x)
+    same(out, round_trip(x, "e4m3", block).astype(dtype))
+    assert out.dtype == dtype
+    same(back(c)[0], c)
+    same(jax.jvp(fn, (x,), (c,))[1], c)
+
+
 def test_a_quantized_is_a_pytree_that_goes_through_vmap_and_jit():
     x = np.random.default_rng(5).normal(size=(3, 40, 16)).astype(np.float32)
     found = jax.jit(jax.vmap(lambda x: fp8.quantize(x, "e4m3", (32, -1))))(x)
@@ -228,6 +241,18 @@ def test_a_quantized_is_a_pytree_that_goes_through_vmap_and_jit():
         (lambda: fp8.cast(jnp.ones(2), "int8"), TypeError, "is not a floating dtype"),
         (lambda: fp8.quantize(jnp.ones((2, 2)), "e4m3", (1,)), ValueError, r"block is \(1,\), for .* shape \(2, 2\)"),
         (lambda: fp8.amax(jnp.ones((2, 2)), (0, 1)), ValueError, "a length for each axis; -1 for the whole axis"),
+        (lambda: fp8.cast(jnp.ones(2, jnp.int32), "e4m3"), TypeError, "x is in int32.\n  expected: a floating dtype"),
+        (lambda: fp8.quantize(jnp.ones(2, jnp.complex64), "e4m3"), TypeError, "x is in complex64"),
+        (
+            lambda: fp8.quantize(jnp.ones((4, 4)), "e4m3", (1, -1), scale=jnp.ones(2)),
+            ValueError,
+            r"scale has shape \(2,\).\n  expected: a scale for each block: shape \(4, 1\)",
+        ),
+        (
+            lambda: jax.grad(lambda x: fp8.dequantize(fp8.quantize(x, "e4m3")).sum())(jnp.ones(2)),
+            NotImplementedError,
+            "a derivative is taken of a cast to 8 bits(.|\n)*mp.fp8.fake_quantize",
+        ),
     ],
 )
 def test_errors(call, error, message):

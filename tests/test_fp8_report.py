@@ -1,5 +1,6 @@
 """`mpjax.diagnostics.fp8_report`: its numbers against NumPy's, in loops, with a state, and as text."""
 
+import functools
 import io
 import json
 
@@ -93,8 +94,13 @@ def test_nothing_lost_and_nothing_finite():
     assert json.loads(report.to_json())["sites"][0]["amax"] == "inf"
 
 
+@functools.cache
+def of_gradients():
+    return mp.diagnostics.fp8_report(GRAD)(W, X)
+
+
 def test_gradients_and_channels():
-    report = mp.diagnostics.fp8_report(GRAD)(W, X)
+    report = of_gradients()
     assert [site.name for site in report.sites] == ["main:0/lhs", "main:0/rhs", "main:0/gradient"]
     assert report.sites[2].dtype == "float8_e5m2"
     rules = RULES.with_fp8(mp.fp8.Recipe(min_reuse=0, emulate=True, scaling="channel"))
@@ -103,7 +109,7 @@ def test_gradients_and_channels():
 
 
 def test_reads_as_text_and_as_a_table():
-    report = mp.diagnostics.fp8_report(GRAD)(W, X)
+    report = of_gradients()
     assert "main:0/gradient  float8_e5m2" in str(report)
     assert "e4m3 tensor: " in str(report).splitlines()[-1], "of the gradient, the format with more digits is better"
     console = rich.console.Console(width=200, file=io.StringIO())

@@ -11,6 +11,8 @@ from mpjax._autocast._interpreter import evaluate
 from mpjax._autocast._marks import Mark, Value, boundary_mark, join_marks
 from mpjax._autocast._reads import Reads
 from mpjax._compat import abstract, bind, is_literal, open_jaxpr, scan_split
+from mpjax.fp8._markers import keeps_weights
+from mpjax.fp8._recipe import Method
 
 
 def rewrite(
@@ -69,12 +71,16 @@ def inline(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value
 
 
 def remat(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
-    """`jax.checkpoint`: what is recomputed is recomputed in the same precision; its policy is kept."""
+    """`jax.checkpoint`: what is recomputed is recomputed in the same precision; its policy is kept.
+
+    Weights in 8 bits are kept too: a quarter of the weights themselves, for a step brings each into 8 bits once.
+    """
     del reads
     new, marks = rewrite(ctx, eqn.params["jaxpr"], ins)
     inner, consts = open_jaxpr(new)
     assert not consts, "a rematerialised body has no constants of its own"
-    return with_marks(bind(eqn, _arrays(ins), jaxpr=inner), marks)
+    kept = {"policy": keeps_weights(eqn.params["policy"])} if isinstance(ctx.float8, Method) else {}
+    return with_marks(bind(eqn, _arrays(ins), jaxpr=inner, **kept), marks)
 
 
 def cond(ctx: Context, eqn: Any, ins: list[Value], reads: Reads) -> list[Value]:
@@ -171,7 +177,8 @@ _MOVING = (
 def accumulators(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
     """Which carries are running sums: their update adds something that does not read them.
 
-    `c + g(x)` and `a * c + b` lose digits at every step in 16 bits; a residual stream `c + g(c)` does not.
+    `c + g(x)` and `a * c + b` lose digits at every step in 16 bits; a residual stream `c + g(c)` does not, nor one that
+    is normalised, `(c - mean(c)) * rsqrt(var(c)) + bias`.
     """
     producer = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
 
@@ -196,7 +203,17 @@ def accumulators(jaxpr: Any, n_consts: int, n_carry: int) -> list[bool]:
             return any(adds(reader, carry) for reader in readers)
         if len(readers) != 1:
             return False
-        return (eqn.primitive.name in _ADDING and len(eqn.invars) > 1) or adds(readers[0], carry)
+        if eqn.primitive.name in _ADDING and len(eqn.invars) > 1:
+            return not multiplied(readers[0], carry)
+        return adds(readers[0], carry)
+
+    def multiplied(atom: Any, carry: Any) -> bool:
+        eqn = producer.get(atom)
+        if eqn is None or eqn.primitive.name not in ("mul", "div", *_MOVING):
+            return False
+        readers = [a for a in eqn.invars if not is_literal(a) and reads(a, carry)]
+        both = eqn.primitive.name in ("mul", "div") and len(readers) == 2
+        return both or any(multiplied(reader, carry) for reader in readers)
 
     carries = jaxpr.invars[n_consts : n_consts + n_carry]
     return [adds(out, carry) for out, carry in zip(jaxpr.outvars, carries, strict=False)]

@@ -21,8 +21,8 @@ from mpjax.diagnostics._taps import Found, Taps, tapped
 from mpjax.diagnostics._traced import trace
 from mpjax.fp8._delayed import DelayedScaling, largest_seen
 from mpjax.fp8._formats import format_of
-from mpjax.fp8._markers import is_marker
-from mpjax.fp8._places import site_names
+from mpjax.fp8._markers import as_bits, as_floats, is_marker
+from mpjax.fp8._places import site_key, site_names
 from mpjax.fp8._scaling import Quantized, dequantize, power_of_two_scale, quantize
 
 # Scales that are tried at each place: blocks along the last axes, and the dtype of their scales.
@@ -186,8 +186,8 @@ def fp8_report(fn: Callable[..., Any], state: DelayedScaling | None = None) -> C
         def replace(eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any], Found] | None:
             if not is_marker(eqn):
                 return None
-            name = names[here.module, here.line, eqn.params["role"]]
-            dtypes[name] = str(eqn.outvars[0].aval.dtype)
+            name = names[site_key(eqn, here)]
+            dtypes[name] = str(eqn.params["dtype"])
             return _measured(eqn, ins[0], name, given.get(name))
 
         def run(arrays: list[Any], consts: list[Any]) -> Found:
@@ -195,7 +195,9 @@ def fp8_report(fn: Callable[..., Any], state: DelayedScaling | None = None) -> C
             return tapped(taps, traced.jaxpr, consts, arrays)[1]
 
         found = jax.device_get(jax.jit(run)(traced.arrays, traced.consts))
-        return Fp8Report(tuple(_site(name, dtypes[name], found, state) for name in dict.fromkeys(names.values())))
+        # Not those in the condition of a loop, which is not evaluated again.
+        evaluated = [name for name in dict.fromkeys(names.values()) if (name, "amax") in found]
+        return Fp8Report(tuple(_site(name, dtypes[name], found, state) for name in evaluated))
 
     return reported
 
@@ -205,17 +207,17 @@ def _measured(eqn: Any, x: Any, name: str, largest: Any) -> tuple[list[Any], Fou
     block = (-1,) * (x.ndim - mapped) if block is None else block
     past = jnp.zeros((), FLOAT32)
     if largest is None:
-        values, scale = bind(eqn, [x])
+        bits, scale = bind(eqn, [x])
     else:
         # As delayed scaling has it: a scale of the moment where there was nothing before.
-        now = power_of_two_scale(jnp.where(largest > 0, largest, jnp.max(jnp.abs(x.astype(FLOAT32)))), dtype)
+        now = power_of_two_scale(jnp.where(largest > 0, largest, jnp.max(jnp.abs(x.astype(FLOAT32)), initial=0)), dtype)
         scale = jnp.broadcast_to(now, eqn.outvars[1].aval.shape)
-        values = quantize(x, dtype, scale=jnp.reshape(now, (1,) * x.ndim)).values
+        bits = as_bits(quantize(x, dtype, scale=jnp.reshape(now, (1,) * x.ndim)).values)
         past = jnp.sum(jnp.abs(x.astype(FLOAT32)) > format_of(dtype).max * now, dtype=FLOAT32)
     found: Found = OrderedDict()
     found[name, "amax"] = jnp.max(jnp.abs(x.astype(FLOAT32)), initial=0)
     found[name, "scale"] = jnp.max(scale)
-    wide = dequantize(Quantized(values, scale, block))
+    wide = dequantize(Quantized(as_floats(bits, dtype), scale, block))
     found.update({(name, *k): v for k, v in _losses("", x, wide).items()})
     found[name, "", "saturated"] = past / max(x.size, 1)
     for format_ in ("float8_e4m3fn", "float8_e5m2"):
@@ -225,7 +227,7 @@ def _measured(eqn: Any, x: Any, name: str, largest: Any) -> tuple[list[Any], Fou
             made = quantize(shaped, format_, whole, scale_dtype=scale_dtype)
             label = f"{format_.removeprefix('float8_').removesuffix('fn')} {way}"
             found.update({(name, *k): v for k, v in _losses(label, shaped, dequantize(made)).items()})
-    return [values, scale], found
+    return [bits, scale], found
 
 
 def _losses(label: str, x: Any, wide: Any) -> Found:

@@ -15,8 +15,8 @@ from mpjax._state import rebuild, register_state, register_with_flax
 from mpjax.diagnostics._place import Place
 from mpjax.diagnostics._taps import Found, Taps, tapped
 from mpjax.diagnostics._traced import trace
-from mpjax.fp8._markers import differentiable_once, is_marker
-from mpjax.fp8._places import site_names
+from mpjax.fp8._markers import as_bits, differentiable_once, is_marker
+from mpjax.fp8._places import site_key, site_names
 from mpjax.fp8._scaling import amax, power_of_two_scale, quantize
 
 
@@ -30,6 +30,7 @@ class DelayedScaling:
 
     Attributes:
       names: the places, static: module path, which product in it (counted from 0), and `lhs`, `rhs` or `gradient`.
+        Those in one module, or in none (`main`), are told apart by the lines of code that lead to them.
       margin: powers of two between the largest number and the end of the format, static.
       history: float32 of shape (places, steps), the last step first; 0 where there was none.
     """
@@ -114,7 +115,8 @@ def delayed(fn: Callable[..., Any], *, axis_name: Any = None) -> Callable[..., t
     step, scales are of the moment.
 
     The function is traced and evaluated again; each place in the code has one scale: what a layer used three times, the
-    rows of a `vmap`, the iterations of a loop, microbatches and devices have in common is the largest of them. Put the
+    rows of a `vmap`, the iterations of a loop, microbatches and devices have in common is the largest of them. So have
+    layers that one line of a Python loop calls, unless they have names: `jax.named_scope(f"block_{i}")`. Put the
     gradient inside: it has places of its own. Products with a scale for each channel are left as they are.
 
     A step that is skipped should not write: `fp8_state = mp.select_tree(finite, new_state, fp8_state)`, where `finite`
@@ -163,28 +165,31 @@ def delayed(fn: Callable[..., Any], *, axis_name: Any = None) -> Callable[..., t
         def replace(eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any], Found] | None:
             if not is_marker(eqn):
                 return None
-            name = names[here.module, here.line, eqn.params["role"]]
+            name = names[site_key(eqn, here)]
             if name not in largest:  # with a scale for each channel
                 return None
             return _at_site(eqn, ins[0], largest[name], name)
 
         taps = Taps(lambda eqn, path: False, enter_ruled=True, replace=replace)
-        outs, found = tapped(taps, traced.jaxpr, traced.consts, traced.arrays)
-        amaxes = jnp.stack([found[name] for name in state.names])
+        ins = jax.tree.map(differentiable_once, (traced.consts, traced.arrays))
+        outs, found = tapped(taps, traced.jaxpr, *ins)
+        # What is not evaluated again, as in the condition of a loop, keeps scales of the moment.
+        amaxes = jnp.stack([found.get(name, jnp.zeros((), FLOAT32)) for name in state.names])
         if axis_name is not None:
             amaxes = jax.lax.pmax(amaxes, axis_name)
         return traced.result(outs), state.updated(amaxes)
 
+    # By it `jax.jit` would count arguments, to keep some static: it has no state.
+    del scaled.__wrapped__
     return scaled
 
 
 def _at_site(eqn: Any, x: Any, largest: Any, name: str) -> tuple[list[Any], Found]:
-    values, scales = (var.aval for var in eqn.outvars)
-    x = differentiable_once(x)
+    dtype, scales = eqn.params["dtype"], eqn.outvars[1].aval
     now = jnp.max(amax(x))
-    scale = power_of_two_scale(jnp.where(largest > 0, largest, now), values.dtype)
-    made = quantize(x, values.dtype, scale=jnp.reshape(scale, (1,) * x.ndim), saturate=True)
-    return [made.values, jnp.broadcast_to(scale, scales.shape)], OrderedDict([(name, now)])
+    scale = power_of_two_scale(jnp.where(largest > 0, largest, now), dtype)
+    made = quantize(x, dtype, scale=jnp.reshape(scale, (1,) * x.ndim), saturate=True)
+    return [as_bits(made.values), jnp.broadcast_to(scale, scales.shape)], OrderedDict([(name, now)])
 
 
 def _names(jaxpr: Any) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from mpjax._compat import matrix_tangent, target_platform, varying_alike
-from mpjax._dtypes import BFLOAT16, FLOAT32, canonical_dtype
+from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32, canonical_dtype
 from mpjax._errors import problem
-from mpjax.fp8._markers import differentiable_once, quantized
+from mpjax.fp8._markers import as_floats, differentiable_once, quantized
 from mpjax.fp8._recipe import Method, Recipe, has_float8
 from mpjax.fp8._scaling import Quantized
 
@@ -56,6 +56,7 @@ def dot_general(
 
     Raises:
       ValueError: `dtype` is no format for operands; `out_sharding` is given.
+      TypeError: an operand is not in float32 or 16 bits.
       NotImplementedError: a derivative of second order is taken: rounding has none.
 
     >>> import jax, jax.numpy as jnp, mpjax as mp
@@ -73,6 +74,15 @@ def dot_general(
             )
         )
     lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
+    for x in (lhs, rhs):
+        if x.dtype not in (FLOAT32, BFLOAT16, FLOAT16):
+            raise TypeError(
+                problem(
+                    f"an operand is in {x.dtype}.",
+                    expected="float32, bfloat16 or float16, which are brought into 8 bits",
+                    write="jax.lax.dot_general for what is to stay as it is, or x.astype(jnp.float32)",
+                )
+            )
     if preferred_element_type is None:
         preferred_element_type = FLOAT32 if lhs.dtype == rhs.dtype == FLOAT32 else BFLOAT16
     emulate = not has_float8() if emulate is None else emulate
@@ -98,10 +108,10 @@ def dot(lhs: Any, rhs: Any, numbers: Any, dtype: Any, method: Method, weights: t
 
     @jax.custom_jvp
     def product(lhs: Any, rhs: Any) -> Any:
-        return _forward(_quantized((lhs, rhs), numbers, method), numbers, dtype, method)
+        return _forward(_quantized((lhs, rhs), numbers, method, weights), numbers, dtype, method)
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-        eight = _quantized(primals, numbers, method)
+        eight = _quantized(primals, numbers, method, weights)
         out = _forward(eight, numbers, dtype, method)
         change = None
         for i, tangent in enumerate(tangents):
@@ -129,21 +139,26 @@ def dot(lhs: Any, rhs: Any, numbers: Any, dtype: Any, method: Method, weights: t
     return product(*varying_alike(lhs, rhs))
 
 
-def _quantized(operands: Sequence[Any], numbers: Any, method: Method) -> list[Quantized]:
+def _quantized(operands: Sequence[Any], numbers: Any, method: Method, weights: tuple[bool, bool]) -> list[Quantized]:
     found = []
-    for role, x, summed in zip(("lhs", "rhs"), operands, numbers[0], strict=True):
+    for role, x, summed, weight in zip(("lhs", "rhs"), operands, numbers[0], weights, strict=True):
         block = tuple(-1 if i in summed else 1 for i in range(x.ndim)) if method.by_channel else None
         # Nothing is past the largest number, unless infinite.
-        found.append(quantized(role, x, method.forward, block))
+        found.append(quantized(role, x, method.forward, block, weight))
     return found
+
+
+# The name scope of `mpjax.keep_precision`: an autocast around this one leaves the products of emulated operands alone.
+_AS_WRITTEN = "mpjax.keep_precision"
 
 
 def _forward(operands: Sequence[Quantized], numbers: Any, dtype: Any, method: Method) -> Any:
     # Rounding to bfloat16 and then scaling by powers of two is scaling and then rounding. So what `jax.checkpoint` may
     # keep, the result of the dot, has 16 bits, and XLA still makes one kernel of both.
     kept = BFLOAT16 if dtype == BFLOAT16 else FLOAT32
-    left, right = (_computable(x.values, method) for x in operands)
-    out = jax.lax.dot_general(left, right, numbers, preferred_element_type=FLOAT32 if method.emulate else kept)
+    left, right = (_computable(x.values, method.forward, method) for x in operands)
+    with jax.named_scope(_AS_WRITTEN):
+        out = jax.lax.dot_general(left, right, numbers, preferred_element_type=FLOAT32 if method.emulate else kept)
     out = out.astype(kept)
     for position, x in enumerate(operands):
         # One after the other: the product of the scales may leave float32's range where the result does not.
@@ -151,8 +166,19 @@ def _forward(operands: Sequence[Quantized], numbers: Any, dtype: Any, method: Me
     return out.astype(dtype)
 
 
-def _value(tangent: Any, other: Any, scale: Any, *, position: int, dtype: Any, dimension_numbers: Any, **_: Any) -> Any:
+def _value(
+    tangent: Any,
+    other: Any,
+    scale: Any,
+    *,
+    position: int,
+    dtype: Any,
+    method: Method,
+    dimension_numbers: Any,
+    **_: Any,
+) -> Any:
     """The change of the result, itself not rounded to 8 bits: forward derivatives alone evaluate it."""
+    other = other if other.dtype == BFLOAT16 else as_floats(other, method.forward)
     left, right = (tangent.astype(FLOAT32), other.astype(FLOAT32) * scale)[:: 1 - 2 * position]
     return jax.lax.dot_general(left, right, dimension_numbers).astype(dtype)
 
@@ -172,8 +198,8 @@ def _transpose(
     """The gradient by one operand."""
     kept = BFLOAT16 if dtype == BFLOAT16 else FLOAT32
     if other.dtype == BFLOAT16:
-        operands = [x.astype(FLOAT32 if method.emulate else BFLOAT16) for x in (cotangent, other)]
-        return backward(*operands, FLOAT32 if method.emulate else kept).astype(dtype)
+        wide = FLOAT32 if method.emulate else BFLOAT16
+        return backward(cotangent.astype(wide), other.astype(wide), FLOAT32 if method.emulate else kept).astype(dtype)
     if scale.size > 1:
         # What has a scale of its own is summed over now: its scale goes with the incoming gradient.
         cotangent = cotangent.astype(FLOAT32) * _over_result(scale, 1 - position, dimension_numbers, cotangent.ndim)
@@ -183,12 +209,9 @@ def _transpose(
     eight = quantized("gradient", cotangent, method.backward, block)
     # Sums of fewer bits, which an H100 has for speed, are for the forward pass alone, as in TransformerEngine.
     precision = jax.lax.Precision.HIGHEST if target_platform() == "gpu" else None
-    out = backward(
-        _computable(eight.values, method),
-        _computable(other, method),
-        FLOAT32 if method.emulate else kept,
-        precision=precision,
-    ).astype(kept)
+    operands = (_computable(eight.values, method.backward, method), _computable(other, method.forward, method))
+    with jax.named_scope(_AS_WRITTEN):
+        out = backward(*operands, FLOAT32 if method.emulate else kept, precision=precision).astype(kept)
     out = out * _over_operand(eight.scale, own, out.ndim).astype(kept)
     if scale.size == 1:
         out = out * scale.reshape((1,) * out.ndim).astype(kept)
@@ -225,10 +248,14 @@ def _batch(
 _tangent = matrix_tangent("float8_tangent", _value, _transpose, _batch)
 
 
-def _computable(x: Any, method: Method) -> Any:
+def _computable(bits: Any, dtype: Any, method: Method) -> Any:
     """An operand of a dot: in float32 where that is emulated."""
     # XLA for GPUs takes two casts, to 8 bits and back, for none.
-    return jax.lax.optimization_barrier(x).astype(FLOAT32) if method.emulate else x
+    return (
+        as_floats(jax.lax.optimization_barrier(bits), dtype).astype(FLOAT32)
+        if method.emulate
+        else as_floats(bits, dtype)
+    )
 
 
 def _axes(position: int, numbers: Any, ndim: int, result_ndim: int) -> dict[int, int]:

@@ -1,10 +1,11 @@
 """The 8-bit floating formats: what they hold, who computes in them, and casts to them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -97,6 +98,8 @@ def cast(x: Any, dtype: Any, *, saturate: bool = True) -> Any:
 
     Raises:
       ValueError: the dtype does not have 8 bits.
+      TypeError: `x` is not floating.
+      NotImplementedError: a derivative is taken; `fake_quantize` has one.
 
     >>> import jax.numpy as jnp, mpjax as mp
     >>> x = jnp.array([1.1, 500.0, jnp.inf])
@@ -104,7 +107,45 @@ def cast(x: Any, dtype: Any, *, saturate: bool = True) -> Any:
     ([1.125, 448.0, nan], [1.125, nan, nan])
     """
     found = format_of(dtype)
-    wide = jnp.asarray(x).astype(FLOAT32)
+    wide = _no_gradient(floating(x).astype(FLOAT32))
     if saturate:
         wide = jnp.where(jnp.isinf(wide), wide, jnp.clip(wide, -found.max, found.max))
     return wide.astype(found.dtype)
+
+
+def floating(x: Any) -> jax.Array:
+    """`x` as an array.
+
+    Raises:
+      TypeError: it is not floating.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(problem(f"x is in {x.dtype}.", expected="a floating dtype", write="x.astype(jnp.float32)"))
+    return x
+
+
+def without_derivative(error: Callable[[], Exception]) -> Callable[[Any], Any]:
+    """A function that returns its argument, and raises this error where a derivative is taken."""
+
+    @jax.custom_jvp
+    def same(x: Any) -> Any:
+        return x
+
+    @same.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise error()
+
+    return same
+
+
+# JAX's would be in 8 bits too, without a scale: gradients below 2**-10 become 0, those past 448 NaN.
+_no_gradient = without_derivative(
+    lambda: NotImplementedError(
+        problem(
+            "a derivative is taken of a cast to 8 bits, which has none.",
+            expected="a function whose derivative is that of no rounding",
+            write="mp.fp8.fake_quantize(x, dtype, block); or jax.lax.stop_gradient around x",
+        )
+    )
+)

@@ -2,9 +2,18 @@
 
 from typing import Any
 
-from mpjax._compat import inner_jaxprs
+from mpjax._compat import inner_jaxprs, source_line
 from mpjax.diagnostics._place import Place
 from mpjax.fp8._markers import is_marker
+
+
+def site_key(eqn: Any, here: Place) -> tuple[str, str, str]:
+    """What tells a place that brings arrays into 8 bits from others: its module, its source line and role.
+
+    And the lines of the calls that lead to it: the linear layers of Flax and equinox are one line each, and neither NNX
+    nor equinox has a module name for each layer.
+    """
+    return here.module, source_line(eqn, 100) or here.line, eqn.params["role"]
 
 
 def site_names(jaxpr: Any, *, whole: bool = False) -> dict[tuple[str, str, str], str]:
@@ -17,7 +26,7 @@ def site_names(jaxpr: Any, *, whole: bool = False) -> dict[tuple[str, str, str],
       whole: whether to leave out those with more than one scale for an array.
 
     Returns:
-      Names by module path, source line and role, in the order of the program.
+      Names by `site_key`, in the order of the program.
     """
     found: dict[tuple[str, str, str], str] = {}
     lines: dict[str, dict[str, int]] = {}
@@ -26,11 +35,11 @@ def site_names(jaxpr: Any, *, whole: bool = False) -> dict[tuple[str, str, str],
         for eqn in jaxpr.eqns:
             here = outer.inside(eqn)
             if is_marker(eqn):
-                known = lines.setdefault(here.module, {})
-                index = known.setdefault(here.line, len(known))
-                role = eqn.params["role"]
+                key = module, line, role = site_key(eqn, here)
+                known = lines.setdefault(module, {})
+                index = known.setdefault(line, len(known))
                 if not whole or eqn.params["block"] is None:
-                    found[here.module, here.line, role] = f"{here.module or 'main'}:{index}/{role}"
+                    found[key] = f"{module or 'main'}:{index}/{role}"
             else:
                 for inner in inner_jaxprs(eqn):
                     walk(inner, here)

@@ -52,6 +52,15 @@ class Recipe:
     element by element. All others are as under `mixed_bfloat16`: products of two activations, as in attention;
     convolutions; what the rules, regions or the code itself keep in other dtypes. `mpjax.explain` says why for each.
 
+    A training step brings each weight into 8 bits once, for all iterations of a loop, all microbatches of
+    `mpjax.accumulate`, and the backward pass: what `jax.checkpoint` inside of autocast makes again does not include it,
+    for one byte a weight. A loop that has no gradient, as in generation, does so in each iteration. Under a sharded
+    `jit` sharded weights are gathered in 8 bits; under `shard_map` what `jax.lax.all_gather` makes of them is in 16.
+
+    Convolutions are not in fp8 because their gradients cannot be: JAX has none of operands in two formats, and where
+    both are in e4m3 XLA for H100s (jax 0.10.2) calls cuDNN with 8-bit operands for the forward one and the gradient by
+    the input, but for the gradient by the weight takes the operands in 16 or 32 bits, without their rounding.
+
     Attributes:
       include: patterns for module paths; a candidate has to lie in a module that one matches, or in one below it.
         Default: everywhere.

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpjax._dtypes import FLOAT32
 from mpjax._errors import problem
-from mpjax.fp8._formats import cast, format_of
+from mpjax.fp8._formats import cast, floating, format_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("block",))
@@ -124,8 +124,8 @@ def quantize(
       x: floating, any shape.
       dtype: the format.
       block: as in `amax`.
-      scale: powers of two to use, shaped as `amax` shapes them. Default: those of `power_of_two_scale` for `amax(x)`,
-        with which nothing saturates.
+      scale: powers of two to use, one for each block as `amax` has them. Default: those of `power_of_two_scale` for
+        `amax(x)`, with which nothing saturates.
       scale_dtype: the dtype that scales are kept in; each holds powers of two.
       saturate: as in `cast`.
 
@@ -133,17 +133,27 @@ def quantize(
       A `Quantized`. Infinities and NaNs in `x` are infinities or NaNs in it; their block's scale is finite.
 
     Raises:
-      ValueError: the dtype does not have 8 bits; `block` is not one length for each axis.
+      ValueError: the dtype does not have 8 bits; `block` is not one length for each axis; `scale` has another shape.
+      TypeError: `x` is not floating.
+      NotImplementedError: a derivative is taken; `fake_quantize` has one.
 
     >>> import jax.numpy as jnp, mpjax as mp
     >>> x = jnp.array([[0.001, 0.002], [1000.0, 3000.0]])
     >>> mp.fp8.dequantize(mp.fp8.quantize(x, "e4m3", (1, -1)), jnp.float32).tolist()
     [[0.0009765625, 0.001953125], [1024.0, 3072.0]]
     """
-    x = jnp.asarray(x)
+    x = floating(x)
     block = (-1,) * x.ndim if block is None else block
     lengths = _lengths(x.shape, block)
     scale = power_of_two_scale(amax(x, block), dtype) if scale is None else jnp.asarray(scale).astype(FLOAT32)
+    if scale.shape != (counts := _counts(x.shape, lengths)):
+        raise ValueError(
+            problem(
+                f"scale has shape {scale.shape}.",
+                expected=f"a scale for each block: shape {counts}",
+                write="mp.fp8.power_of_two_scale(mp.fp8.amax(x, block), dtype)",
+            )
+        )
     scaled = x.astype(FLOAT32) * _spread(1.0 / scale, x.shape, lengths)
     return Quantized(cast(scaled, dtype, saturate=saturate), scale.astype(scale_dtype), block)
 
@@ -165,6 +175,42 @@ def dequantize(quantized: Quantized, dtype: Any = FLOAT32) -> Any:
     lengths = _lengths(shape, (1,) * (len(shape) - len(quantized.block)) + quantized.block)
     wide = jax.lax.optimization_barrier(quantized.values).astype(FLOAT32)
     return (wide * _spread(scale, shape, lengths)).astype(dtype)
+
+
+def fake_quantize(x: Any, dtype: Any, block: tuple[int, ...] | None = None, *, scale_dtype: Any = FLOAT32) -> Any:
+    """What 8 bits and scales hold of an array, in the array's own dtype; derivatives go through as if nothing was done.
+
+    For trying out what a format does to a model, and for training with it: the straight-through estimator.
+
+    Args:
+      x: floating, any shape.
+      dtype: the format.
+      block: as in `quantize`.
+      scale_dtype: as in `quantize`.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Raises:
+      ValueError, TypeError: as `quantize`.
+
+    >>> import jax, jax.numpy as jnp, mpjax as mp
+    >>> x, c = jnp.array([300.0, 1.03]), jnp.array([0.25, 1000.0])
+    >>> mp.fp8.fake_quantize(x, "e4m3").tolist()
+    [288.0, 1.0]
+    >>> jax.grad(lambda x: (c * mp.fp8.fake_quantize(x, "e4m3")).sum())(x).tolist()
+    [0.25, 1000.0]
+
+    References:
+      Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, arXiv 1308.3432.
+    """
+
+    @jax.custom_jvp
+    def rounded(x: Any) -> Any:
+        return dequantize(quantize(x, dtype, block, scale_dtype=scale_dtype), x.dtype)
+
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), *tangents))
+    return rounded(floating(x))
 
 
 def _lengths(shape: tuple[int, ...], block: tuple[int, ...] | None) -> tuple[int, ...]:
