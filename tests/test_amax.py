@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax as mp
@@ -143,6 +144,16 @@ class TestInside:
         result, amaxes = record(fn, W, X)
         assert result == jax.jit(fn)(W, X)
         assert amaxes.to_dict() == {"forward/float32": 31 * 8}
+
+    def test_nan_on_one_device(self):
+        """XLA's maximum over devices passes over it."""
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        x = jax.device_put(jnp.ones((8, 2)).at[6].set(jnp.nan), NamedSharding(mesh, P("data")))
+        fn = lambda x, w: x @ w
+        for one in (fn, jax.shard_map(fn, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))):
+            _, amaxes = record(one, x, jnp.ones((2, 2)))
+            assert np.isnan(amaxes.values).all()
+            assert amaxes.overflowed == ("forward/float32",)
 
     def test_shardings_of_a_nested_jit_are_kept(self):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -7,6 +7,7 @@ in float64, to within what float32 loses; in 16 bits all of them would be off by
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
@@ -311,6 +312,14 @@ class TestMasks:
         assert np.isfinite(cast(X, mask)).all()
         assert np.isfinite(jax.grad(lambda x: cast(x, mask).sum())(X)).all()
 
+    def test_an_overflow_before_the_softmax_is_seen(self, policy):
+        """And is no large number, which would give shares that are finite and wrong."""
+        cast = mp.autocast(lambda x: jax.nn.softmax(x @ x.T / 8), policy)
+        large = jnp.full_like(X, 1e3 if policy == "mixed_float16" else 1e38)
+        assert np.isfinite(cast(X)).all()
+        assert np.isnan(cast(large)).all()
+        assert np.isnan(jax.grad(lambda x: cast(x)[0, 0])(large)).any()
+
     def test_a_sum_of_two_masks(self, policy):
         """Causal and padding: -2e9."""
         mask = jnp.where(np.tri(6, dtype=bool), 0.0, -1e9) + jnp.where(np.arange(6) < 4, 0.0, -1e9)
@@ -425,3 +434,20 @@ class TestSquares:
         check(jax.nn.softmax, policy, logits, atol=1e-6)
         cast = mp.autocast(low_first(jax.nn.log_softmax), policy)
         assert np.isfinite(cast(logits)).all()
+
+
+@pytest.mark.standard_promotion
+@by_policy
+def test_a_cross_entropy_is_not_below_zero(policy):
+    """XLA may drop a cast to 16 bits where exponentials are summed, and not where the label's logit is picked."""
+    x, w = 9 * uniform(256, 64, low=-0.5, high=0.5), uniform(64, 10, low=-1.7, high=1.7, seed=1)
+    labels = jnp.argmax(x @ w, axis=1)
+
+    def losses(w):
+        return optax.softmax_cross_entropy_with_integer_labels(x @ w, labels)
+
+    found = jax.jit(mp.autocast(losses, policy))(w)
+    logits = exact(terms(x, w, LOW[policy]))
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(256), labels]
+    assert found.min() >= 0
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

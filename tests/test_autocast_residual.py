@@ -121,6 +121,25 @@ def test_the_stream_is_low_from_the_start(start, layers, layer):
     assert len(wide) == (start is sinusoidal), found
 
 
+def test_bert_carries_a_low_stream():
+    """Its layers end in a norm with a bias, which is no running sum; its head reads some places alone."""
+    places = jnp.array([[0, 3], [1, 2]])
+
+    def layer(x, layer_params):
+        w, scale, bias = layer_params
+        return two_moments(x + jnp.tanh(x @ w)) * scale + bias, None
+
+    def fn(params, scales, biases):
+        x, _ = jax.lax.scan(layer, two_moments(learned_positions(params)), (params["layers"], scales, biases))
+        return (jnp.take_along_axis(x, places[..., None], 1) @ params["table"].T).mean()
+
+    jaxpr = jax.make_jaxpr(mp.autocast(fn, "mixed_bfloat16"))(
+        PARAMS, jnp.ones((LAYERS, WIDTH)), PARAMS["layers"][0, :3]
+    )
+    (loop,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert [var.aval.dtype for var in loop.outvars] == [jnp.bfloat16]
+
+
 @pytest.mark.parametrize("layer", [pre_norm, post_norm], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("start", [normalised, sinusoidal], ids=lambda f: f.__name__)
 def test_the_stream_is_right(start, layer):

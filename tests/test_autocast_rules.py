@@ -320,6 +320,7 @@ class TestLineRules:
         rules = mp.default_rules().with_line("models/net.py:41", "full", "for a test")
         assert rules.at_line("/home/me/models/net.py:41:8 (forward)") is rules.lines[0]
         assert rules.at_line("/home/me/models/net.py:41 (forward)") is rules.lines[0]
+        assert rules.at_line("/home/me (2)/8:9/models/net.py:41:8 (<lambda>.<locals>.fn)") is rules.lines[0]
         for other in ("/other/net.py:41", "models/net.py:410:8 (f)", "models/net.py:4", "/submodels/net.py:41", ""):
             assert rules.at_line(other) is None
 

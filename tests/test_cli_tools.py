@@ -206,6 +206,14 @@ def test_compare(capsys, model):
     assert is_png(model / "c.png")
 
 
+def test_nothing_to_draw(capsys, model):
+    assert main(["compare", "cli_model:logits", "--policy", "float32", "--png", "c.png"]) == 1
+    out, error = capsys.readouterr()
+    assert "no rule" not in out, "there is nothing to lower"
+    assert "no operation of comparison has an error" in error
+    assert not (model / "c.png").exists()
+
+
 def test_structs_are_filled():
     struct = jax.ShapeDtypeStruct
     rows = {"x": struct((4000,), "float16"), "label": struct((4000,), "int32"), "given": jnp.ones(3)}

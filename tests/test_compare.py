@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import mpjax as mp
 from mpjax.diagnostics import compare, suggest
+from mpjax.diagnostics._measured import _error
 from mpjax.diagnostics._pairs import relative_error
 
 KEYS = list(jax.random.split(jax.random.key(0), 8))
@@ -253,7 +254,7 @@ def test_enters(name):
         assert worst.local_backward > 0.01
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_total_is_the_error_of_the_program_that_runs(policy):
     """But for roundings that fall the other way: XLA's own tanh of 16 bits is not the rounded one of float32."""
 
@@ -307,6 +308,40 @@ def test_low_precision_of_the_code_itself():
     assert "convert_element_type" in str(error.value)
 
 
+def test_what_only_reads_narrow_numbers_is_not_called_narrow():
+    found = compare(lambda w, x: jnp.sin(x.astype(jnp.float16).astype(jnp.float32) @ w), "float32")(W, X)
+    assert [row.primitive for row in found.operations if row.total] == ["convert_element_type"]
+    with pytest.raises(ValueError, match="no exceptions bring") as error:
+        suggest(lambda w, x: jnp.sin(x.astype(jnp.float16).astype(jnp.float32) @ w), "mixed_bfloat16", 1e-9)(W, X)
+    narrow = str(error.value).split("because the code says so:")[1].split("expected:")[0]
+    assert "convert_element_type" in narrow
+    assert "sin" not in narrow.replace("<lambda>", "")
+
+
+def test_numbers_that_are_not_finite_in_float32_already():
+    def fn(x):
+        return {"loss": jnp.log(x).sum(), "other": x}
+
+    found = compare(fn, "mixed_bfloat16")(-jnp.ones(3))
+    assert (found.total, found.not_finite) == (0, ("loss",))
+    assert "not finite in float32 already: loss" in str(found)
+    assert json.loads(found.to_json())["not_finite"] == ["loss"]
+    assert "suggest" not in str(found), "there is nothing to lower"
+
+
+def test_files_with_any_name():
+    """A cell of a notebook, a copy of a file."""
+    source = "import jax.numpy as jnp\ndef fn(w, x):\n    y = x @ w\n    return jnp.sin(y)\n"
+    for file in ("<ipython-input-3-0a1b>", "/home/me/a copy (2)/model.py"):
+        names: dict[str, Any] = {}
+        exec(compile(source, file, "exec"), names)
+        found = compare(names["fn"], "mixed_bfloat16")(W, X)
+        short = file.rsplit("/", 1)[-1]
+        assert found.operations[0].source == f"{file}:3 (fn)"
+        assert f'with_line("{short}:3", "full"' in found.fix.code
+        assert found.fix.after == 0
+
+
 def test_reference_in_float64_sees_what_float32_loses():
     fn = lambda x: jnp.sum(x + 1e4) - 1e4 * x.size
     x = normal(0, 1000)
@@ -331,6 +366,7 @@ def test_rows_of_a_linen_model_and_rules_for_its_modules():
     assert [rule.pattern for rule in rules.paths] + [rule.line for rule in rules.lines]
 
 
+@pytest.mark.slow
 def test_suggest_takes_several_places_that_overflow():
     def fn(w, x):
         with jax.named_scope("first"):
@@ -346,6 +382,41 @@ def test_suggest_takes_several_places_that_overflow():
     rules = suggest(fn, "mixed_float16", 1e-2)(w, x)
     assert len(rules.lines) + len(rules.paths) == 2
     np.testing.assert_allclose(mp.autocast(fn, "mixed_float16", rules)(w, x), fn(w, x), rtol=1e-2)
+
+
+def test_suggest_where_results_are_equally_wrong():
+    """One exception alone does not change the largest error."""
+
+    def fn(w, x):
+        first = jnp.sin(x @ w)
+        second = -jnp.sin(x @ w)
+        return first, second
+
+    rules = suggest(fn, "mixed_bfloat16", 1e-3)(W, X)
+    first = inspect.getsourcelines(fn)[1] + 1
+    assert {rule.line for rule in rules.lines} == {f"test_compare.py:{first + i}" for i in (0, 1)}
+
+
+@pytest.mark.slow
+def test_suggest_leaves_most_of_the_work_as_it_is():
+    """The line in Flax that makes every product would do, and so would the whole model."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i in range(6):
+                std = 20.0 if i in (1, 4) else 0.2
+                y = nn.Dense(16, name=f"dense_{i}", kernel_init=nn.initializers.normal(std))(x)
+                x = jnp.tanh(x + jnp.sin(y))
+            return x
+
+    model = Model()
+    params = model.init(KEYS[0], X)
+    total = compare(model.apply, "mixed_bfloat16")(params, X).total
+    rules = suggest(model.apply, "mixed_bfloat16", total / 10)(params, X)
+    assert not rules.lines
+    assert {"Model/dense_1", "Model/dense_4"} <= {rule.pattern.replace("\\", "") for rule in rules.paths}
+    assert len(rules.paths) < 5
 
 
 def test_suggest_changes_nothing_where_nothing_is_needed():
@@ -382,14 +453,22 @@ def test_relative_error(low, exact, expected):
 
 def test_reads_as_text_table_and_json():
     found = compare(overflowing_product, "mixed_float16")(300 + normal(0, 8, 8), normal(1, 8, 4), 300 + normal(2, 4, 8))
-    assert "mp.default_rules().with_line('test_compare.py:" in str(found)
+    assert 'mp.default_rules().with_line("test_compare.py:' in str(found)
     assert "total error inf -> " in str(found)
     data = json.loads(found.to_json())
     assert (data["total"], data["operations"][0]["total"]) == ("inf", "inf")
     assert data["fix"]["bytes"] > 1
-    console = rich.console.Console(width=200, file=io.StringIO())
-    console.print(found)
-    assert "dot_general" in console.file.getvalue()
+    for width in (80, 200):
+        console = rich.console.Console(width=width, file=io.StringIO())
+        console.print(found)
+        shown = console.file.getvalue()
+        # On a terminal of any width no name or number is cut; columns with nothing in them have no room.
+        assert "dot_general" in shown
+        assert "accumulated" in shown
+        assert "…" not in shown
+        assert "bwd" not in shown
+        assert "module" not in shown
+    assert "bwd" not in str(found)
 
 
 def test_prints_the_worst_rows_and_counts_the_others():
@@ -402,6 +481,26 @@ def test_prints_the_worst_rows_and_counts_the_others():
     found = compare(fn, "mixed_bfloat16")(normal(0, 4, 4))
     assert len(found.operations) == 30
     assert "and 5 more operations" in str(found)
+    assert "without any error" not in str(found)
+
+
+def test_prints_no_rows_without_an_error():
+    found = compare(lambda w, x: jnp.where(jnp.arange(16) > 3, x @ w, 0.0), "mixed_bfloat16")(W, X)
+    assert {"iota", "gt"} <= {row.primitive for row in found.operations}
+    assert "iota" not in str(found)
+    assert "operations without any error: " in str(found)
+
+
+@pytest.mark.parametrize(("sums", "expected"), [
+    ([(1e300, 1.0, 4.0), (1e300, 0.0, 5.0)], 1 / 3),
+    ([(1e-300, 1.0, 4.0), (1e-300, 0.0, 5.0)], 1 / 3),
+    ([(1.0, np.inf, 0.0)], np.inf),
+    ([(1.0, 1.0, 0.0)], 1.0),
+    ([(1.0, 0.0, 0.0)], 0.0),
+])  # fmt: skip
+def test_error_of_several_arrays(sums, expected):
+    """Each has a scale, and sums of squares over it: in float64 the square of a scale is out of range."""
+    assert _error(sums) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["compare", "suggest"])

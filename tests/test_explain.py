@@ -68,7 +68,7 @@ argument's digits in 16 bits: exp(11.1) is inf in float16, bfloat16 near 8192 ha
 16 bits
 
 FLOPs: bfloat16 256 (72.7%), float32 96 (27.3%)
-bytes: float32 640B (80.0%), bfloat16 160B (20.0%)
+bytes: float32 640 B (80.0%), bfloat16 160 B (20.0%)
 casts put in: 2 float32 -> bfloat16, 1 bfloat16 -> float32"""
 
 
@@ -100,6 +100,10 @@ class TestText:
         lines = str(explain(fn, X, W)).splitlines()
         heads = [line for line in lines[3:] if line and not line.startswith(" ")]
         assert heads[:2] == ["outer", "outer/inner"]
+
+    def test_large_amounts_are_shortened(self):
+        found = explain(lambda x, w: x @ w, *[jax.ShapeDtypeStruct((4096, 4096), jnp.float32)] * 2)
+        assert "FLOPs: bfloat16 137.4 G (100.0%)\nbytes: bfloat16 100.7 MB (100.0%)" in str(found)
 
     def test_nothing_to_compute(self):
         found = explain(lambda x: x, X)

@@ -153,6 +153,12 @@ def test_leaves_without_a_gradient_and_a_norm_past_the_range():
     assert state.last_skip.non_finite.tolist() == [0]
 
 
+def test_a_tree_without_gradients():
+    tx = gradient_monitor(INNER, 1)
+    _, state = tx.update({"frozen": None}, tx.init({"frozen": None}), {"frozen": None})
+    assert mp.diagnostics.summary(state).measured.numbers == 0
+
+
 @pytest.mark.slow
 def test_in_nnx_optimizer():
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))

@@ -196,6 +196,20 @@ class TestBackward:
         assert unknown.expected is None
         assert "pass loss_scale= to be told" in str(unknown)
 
+    def test_what_an_overflow_does_next_is_not_blamed(self):
+        """The cotangent overflows; the product with it makes NaN of that, and overflows by itself too."""
+
+        def fn(w, x):
+            y = x @ w
+            return jnp.square(y).mean()
+
+        x, scale = jax.random.normal(jax.random.key(0), (8, 4)), mp.StaticLossScale(2.0**24)
+        found = locate(mp.grad(mp.autocast(fn, "mixed_float16"), scale), W, x, loss_scale=scale)
+        operation = check(found, fn, "square(y)", "convert_element_type", "backward")
+        assert all(row.finite for row in operation.operands)
+        assert found.expected
+        assert found.then.primitive == "dot_general"
+
     def test_an_overflow_without_the_scale_is_not_expected(self):
         def fn(w, x):
             return 1e6 * jnp.tanh(x @ w).sum()
@@ -555,3 +569,75 @@ def test_models_at_a_loss_scale_that_is_too_high(make):
     assert over
     assert over.expected, str(over)
     assert over.operation.direction == "backward"
+
+
+def bad_forward(y):
+    return jnp.log(y)
+
+
+def bad_backward(y):
+    return jnp.where(y > 0, jnp.log(y), 0.0)
+
+
+def _custom_jvp(fn):
+    ruled = jax.custom_jvp(fn)
+    ruled.defjvp(lambda primals, tangents: jax.jvp(fn, primals, tangents))
+    return ruled
+
+
+def _custom_vjp(fn):
+    ruled = jax.custom_vjp(fn)
+    ruled.defvjp(lambda y: jax.vjp(fn, y), lambda pullback, ct: pullback(ct))
+    return ruled
+
+
+def _sharded(fn):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(fn, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+
+
+# The function of one row, or of all, inside of each primitive that holds functions; and the frame that says so.
+HOLDERS = {
+    "jit": (jax.jit, "jit"),
+    "remat": (jax.checkpoint, "remat"),
+    "vmap": (jax.vmap, None),
+    "scan": (lambda fn: lambda y: jax.lax.scan(lambda c, row: (c, fn(row)), 0.0, y)[1], "scan"),
+    "scan of remat": (
+        lambda fn: lambda y: jax.lax.scan(jax.checkpoint(lambda c, row: (c, fn(row))), 0.0, y)[1],
+        "scan",
+    ),
+    "fori": (lambda fn: lambda y: jax.lax.fori_loop(0, 2, lambda i, total: total + fn(y), y), "scan"),
+    "map": (lambda fn: lambda y: jax.lax.map(fn, y, batch_size=2), "scan"),
+    "cond": (lambda fn: lambda y: jax.lax.cond(y[0, 0] > -1, fn, jnp.ones_like, y), "cond"),
+    "switch": (lambda fn: lambda y: jax.lax.switch(jnp.int32(y[0, 0] * 0 + 1), [jnp.ones_like, fn], y), "cond"),
+    "custom_jvp": (_custom_jvp, None),
+    "custom_vjp": (_custom_vjp, None),
+    "shard_map": (_sharded, "shard_map"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_float16", "float32"])
+@pytest.mark.parametrize("name", HOLDERS)
+def test_everything_that_holds_functions_forward_and_backward(name, policy):
+    holder, kind = HOLDERS[name]
+    x = X.at[6, 2].set(0.0)
+
+    def loss(fn):
+        return mp.autocast(lambda w, x: holder(fn)(x @ w).sum(), policy)
+
+    assert not locate(jax.value_and_grad(loss(bad_backward)), W + 1, x)
+    forward = check(locate(loss(bad_forward), W, x), bad_forward, "log(", "log")
+    found = locate(jax.grad(loss(bad_backward)), W, x)
+    if name.startswith("custom") and policy != "float32":
+        # What autocast makes of a rule has the line of the call.
+        backward = found.operation
+        assert backward.primitive == "div"
+    else:
+        backward = check(found, bad_backward, "log(", "div", found.operation.direction)
+    for operation in (forward, backward):
+        assert kind is None or operation.frame(kind), operation.frames
+        if name in ("scan", "scan of remat"):
+            assert operation.frame("scan").index == 6
+        if name == "shard_map":
+            assert operation.frame("shard_map").label == "data=6"

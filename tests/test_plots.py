@@ -99,6 +99,21 @@ class TestLossScaleHistory:
         np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [8.0, np.nan, 16.0, np.nan])
         assert figure.axes[0].get_ylim() == (4.0, 32.0)
 
+    def test_entries_that_no_line_reaches(self):
+        """A point for the last scale after a gap, and for the only one; a skip at the last scale that is known."""
+        ax = mp.plots.loss_scale_history([8.0, math.nan, math.inf, 4.0], [False, True, True, False]).axes[0]
+        _, point, skips = line_of(ax.figure)
+        assert point == ([3], [4.0])
+        assert skips == ([1, 2], [8.0, 8.0])
+        alone = mp.plots.loss_scale_history([8.0])
+        assert line_of(alone)[1] == ([0], [8.0])
+        alone.draw_without_rendering()
+        assert all(float(label.replace("\N{MINUS SIGN}", "-")).is_integer() for label in labels_of(alone.axes[0].xaxis))
+
+    def test_many_skips_are_small(self):
+        few, many = (mp.plots.loss_scale_history([8.0] * n, [True] * n).axes[0].lines[-1] for n in (100, 101))
+        assert many.get_markersize() < few.get_markersize() / 2
+
     def test_a_run_that_went_on_from_a_checkpoint(self, tmp_path):
         """What was written after the checkpoint is written anew; the last line is still being written."""
         rows = [(0, 8.0, 0), (10, 8.0, 0), (20, 4.0, 1), (30, 2.0, 2), (20, 8.0, 0), (25, None, 0), (30, 4.0, 1)]
@@ -205,6 +220,20 @@ class TestExponentHistogram:
         lines = [patch.get_linestyle() for patch in ax.patches[1:4:2]]
         assert len(set(lines)) == 2
 
+    def test_a_line_of_its_own_for_each(self):
+        stats = tree_stats({"w": jnp.ones(2)}, "float16")
+        ax = mp.plots.exponent_histogram({str(i): stats for i in range(8)}).axes[0]
+        looks = [(patch.get_edgecolor()[:3], patch.get_linestyle()) for patch in ax.patches[1:16:2]]
+        assert len(set(looks)) == 8
+
+    @pytest.mark.parametrize(("exponents", "apart"), [((-126, 127), 32), ((-3, 2), 1), ((-47, 16), 8)])
+    def test_any_range(self, exponents, apart):
+        """Room between the ticks; what is beyond the range is told to be in the outermost bars."""
+        stats = tree_stats({"w": jnp.array([2.0**-20, 1.0])}, "float16", exponents=exponents)
+        figure = mp.plots.exponent_histogram(stats)
+        assert set(np.diff(figure.axes[0].get_xticks())) == {apart}
+        assert ("the outermost bars hold all beyond them" in figure.axes[0].get_xlabel()) == (exponents[0] == -3)
+
     def test_a_monitor(self, training):
         ax = mp.plots.exponent_histogram({"opt_state": training["states"][-1]}["opt_state"]).axes[0]
         assert legend_of(ax) == ["gradients of step 10, times their loss scale $2^{7}$"]
@@ -284,9 +313,16 @@ class TestUnderflowHeatmap:
         names = labels_of(ax.yaxis)
         assert [name.split("/")[1] for name in names] == [f"layer_{i}" for i in (7, 8, 9, 10, 11)]
         assert all(len(name) == 40 and name[0] == "…" for name in names)
-        assert ax.get_ylabel() == "7 leaves that lose less are left out"
+        assert ax.get_ylabel() == "7 leaves that lose no more are left out"
         assert labels_of(ax.xaxis) == [str(step) for step in range(0, 40, 4)]
         assert texts_of(ax) == []
+
+    def test_very_many_steps(self):
+        """No edges, which would cover the columns, and fewer labels the longer they are."""
+        stacked = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], 1000, 0), tree_stats({"w": jnp.ones(2)}))
+        ax = mp.plots.underflow_heatmap(stacked, steps=100_000 + np.arange(1000)).axes[0]
+        assert not ax.collections[0].get_edgecolor().size
+        assert len(labels_of(ax.xaxis)) == 6
 
     def test_bad_input(self, stats):
         other = tree_stats({"w": jnp.ones(2)}, "float16")
@@ -312,7 +348,7 @@ def operation(primitive, total, local=0.0, accumulated=0.0, *backward, path="", 
 
 
 def comparison(*rows, total=0.5):
-    return Comparison("a policy", "float64", rows, {"": total}, total, None)
+    return Comparison("a policy", "float64", rows, {"": total}, total, (), None)
 
 
 ROWS = (

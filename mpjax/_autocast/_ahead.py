@@ -14,12 +14,12 @@ from mpjax._dtypes import FLOAT16
 _CALLS = (
     *("jit", "remat2", "scan", "shard_map", "closed_call", "call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"),
 )
-# What an activation passes on its way, rounded or not. Not what orders or picks values, which rounding makes equal.
+# What an activation passes on its way, rounded or not. Not what orders or picks by value: rounding makes those equal.
 _MOVES = (
     *("broadcast_in_dim", "reshape", "transpose", "squeeze", "rev", "slice", "dynamic_slice", "concatenate", "pad"),
     *("copy", "name"),
 )
-_PASSES = (*_MOVES, "add_any", "select_n")
+_PASSES = (*_MOVES, "gather", "add_any", "select_n")
 # What else a statistic passes between its sum and the activation that it normalises.
 _OF_STATISTICS = ("add", "sub", "mul", "div", "max", "sqrt", "rsqrt", "square", "integer_pow")
 # What lies between an activation and its mean.

@@ -23,6 +23,7 @@ class Action(enum.Enum):
     LOW = "float32 inputs cast to the compute dtype"
     FLOAT8 = "operands brought into 8 bits, the result in the compute dtype"
     WIDE = "inputs in their original dtypes"
+    ROUNDED = "inputs in their original dtypes, activations no more exact than the compute dtype"
     PASS = "inputs as they are"
     DROP = "not at all: it hands its input on"
     ENTER = "its body rewritten"
@@ -100,7 +101,7 @@ def _follow(ctx: Context, eqn: Any, ins: list[Value], reads: Reads, reason: str)
     if mark not in (Mark.LOW, Mark.NORMED):
         return Decision(Action.WIDE, mark, f"{reason}, and these are float32")
     if is_shift(eqn, reads):
-        return Decision(Action.WIDE, Mark.FULL, "x - max(x), the start of a softmax: its last digits become factors")
+        return Decision(Action.ROUNDED, Mark.FULL, "x - max(x), the start of a softmax: its last digits become factors")
     # A float16 square overflows at 256; XLA fuses the cast into the reduction anyway.
     if reads.only_by(ctx.rules, eqn, (Kind.SUM, Kind.FULL), _TO_SUM):
         return Decision(Action.WIDE, Mark.NORMED, "only what is computed in float32 reads it")

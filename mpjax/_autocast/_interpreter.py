@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mpjax._autocast import _weights
 from mpjax._autocast._context import Context, is_subject, marked
@@ -94,6 +95,8 @@ def _apply(ctx: Context, decision: Decision, eqn: Any, ins: list[Value], reads: 
             arrays = [_weights.across(eqn.primitive, ins[0].array, forward, ctx.reduce, eqn.params)]
         case Action.SATURATE:
             arrays = [saturated(x, ctx.low) for x in bind(eqn, [ctx.widen(v) for v in ins])]
+        case Action.ROUNDED:
+            arrays = bind(eqn, [_rounded(ctx, v) for v in ins])
         case Action.WIDE:
             if ctx.rules.of(eqn.primitive.name).kind is Kind.OPAQUE and ctx.region is None:
                 _report_unentered(ctx, eqn)
@@ -117,6 +120,18 @@ def _narrowed(ctx: Context, value: Value, eqn: Any) -> Any:
         # The broadcast goes before the cast, so that a bias's gradient is summed in float32.
         value = Value(jax.lax.broadcast_in_dim(array, shape, tuple(range(len(shape)))), Mark.FREE)
     return ctx.narrow(value)
+
+
+def _rounded(ctx: Context, value: Value) -> Any:
+    """The array in its original dtype, with the digits of the compute dtype.
+
+    XLA drops a cast to bfloat16 and back, for one reader and not for another. A cross entropy of logits that are
+    rounded where it picks the label's, and not where it sums exponentials, goes below zero: -0.09 was seen on a CPU.
+    """
+    if value.mark is not Mark.LOW:
+        return value.array
+    info = jnp.finfo(ctx.low)
+    return jax.lax.reduce_precision(ctx.widen(value), info.nexp, info.nmant)
 
 
 # Primitives whose operands may have size 1 where the result has more.

@@ -63,7 +63,14 @@ class LineRule:
 
     def matches(self, source: str) -> bool:
         """Whether a source line, as "/home/me/model.py:41:8 (forward)", is this one; 8 is the column."""
-        return f"/{self.line}:" in f"/{source.split(' (', 1)[0]}:"
+        return f"/{file_and_line(source)}".endswith(f"/{self.line}")
+
+
+def file_and_line(source: str) -> str:
+    """Of a source line, as "/home/me/model.py:41:8 (forward)", the file and the line."""
+    # A folder's name may have " (" in it.
+    found = re.fullmatch(r"(.*?:\d+)(:\d+)?( \([^()]*\))?", source)
+    return found[1] if found else source
 
 
 # What is not in the table keeps its own dtypes: never silently narrowed.

@@ -57,13 +57,14 @@ def _(axes: tuple[int, ...], dtype: Any, on_tpu: bool, primals: Any, tangents: A
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def saturated(x: Any, dtype: Any) -> Any:
-    """Casts to `dtype`, what is beyond its range to its largest number; the gradient passes through.
+    """Casts to `dtype`, finite numbers beyond its range to its largest number; the gradient passes through.
 
     A mask of -1e9 or of float32's smallest number is -inf as float16 or bfloat16, and the softmax of a row of them
-    NaN.
+    NaN. What is infinite already stays so: logits that overflowed are to be seen.
     """
     limits = jnp.finfo(dtype)
-    return jnp.clip(x, float(limits.min), float(limits.max)).astype(dtype)
+    finite = jnp.clip(x, float(limits.min), float(limits.max))
+    return jnp.where(jnp.isinf(x), x, finite).astype(dtype)
 
 
 @saturated.defjvp

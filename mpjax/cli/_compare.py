@@ -51,9 +51,9 @@ def run(
     found = try_to(compare, *args)
     show(found)
     if drawn:
-        print(
-            f"{drawn} arrays that {function} has no values for were drawn from seed {seed}: see mpjax compare --help."
-        )
+        what = "1 array that" if drawn == 1 else f"{drawn} arrays that"
+        was = "was" if drawn == 1 else "were"
+        print(f"{what} {function} has no values for {was} drawn from seed {seed}: see mpjax compare --help.")
 
     def draw() -> Any:
         import mpjax.plots

@@ -57,4 +57,6 @@ def draw(found: Explanation) -> Figure:
         if dtypes:
             figure.legend(loc="outside upper center", ncols=len(dtypes))
         ax.xaxis.set_major_formatter(EngFormatter())
+        if not paths:
+            ax.set(xlabel="no operation has FLOPs", xticks=[])
         return figure

@@ -56,13 +56,13 @@ def write_results(as_json: str, draw: Callable[[], Any], json: Path | None, png:
       png: the file for the figure, or `None`.
 
     Raises:
-      CommandError: one cannot be written.
+      CommandError: one cannot be written, or there is nothing to draw.
     """
     if json:
         write_whole(json, f"{as_json}\n".encode())
         print(f"JSON: {json}")
     if png:
         buffer = io.BytesIO()
-        draw().savefig(buffer, format="png", dpi=150)
+        try_to(draw).savefig(buffer, format="png", dpi=150)  # there may be nothing to draw
         write_whole(png, buffer.getvalue())
         print(f"Figure: {png}")

@@ -14,7 +14,7 @@ from mpjax._policy import default_policy, get_policy
 from mpjax.diagnostics._comparison import Comparison, Fix, OperationError
 from mpjax.diagnostics._exemptions import Exemption, cheapest, fewest
 from mpjax.diagnostics._explain import explain
-from mpjax.diagnostics._measured import Measured, Reference, reference_dtype
+from mpjax.diagnostics._measured import Found, Measured, Reference, reference_dtype
 from mpjax.diagnostics._sites import Site
 
 # A fix is worth a line if it lowers the error by a twentieth.
@@ -72,26 +72,27 @@ def compare(
     def compared(*args: Any, **kwargs: Any) -> Comparison:
         exact = _reference("compare", fn, dtype, through, args, kwargs)
         measured = Measured(fn, chosen, table, through, exact)
-        outputs, accumulated = measured.run(measured.narrow)
-        total = outputs.pop("")
+        everything = measured.run(measured.narrow)
+        accumulated, total = everything.operations, everything.total
         rows = []
         for site, known in measured.sites.items():
-            found, local = measured.run([site]) if known.narrow else ({"": 0.0}, {})
+            alone = measured.run([site]) if known.narrow else Found({}, [], {})
             keys = (site, False), (site, True)
             rows.append(
                 OperationError(
                     *site,
-                    local.get(keys[0], 0.0),
+                    alone.operations.get(keys[0], 0.0),
                     accumulated.get(keys[0], 0.0),
-                    local.get(keys[1], 0.0) if keys[1] in accumulated else None,
+                    alone.operations.get(keys[1], 0.0) if keys[1] in accumulated else None,
                     accumulated.get(keys[1]),
-                    found[""],
+                    alone.total,
                     known.reason,
                     known.ruled,
                 )
             )
         rows.sort(key=lambda row: (-row.total, -row.local))
-        return Comparison(str(chosen), reference, tuple(rows), outputs, total, fix(measured, rows, total))
+        found = fix(measured, rows, total)
+        return Comparison(str(chosen), reference, tuple(rows), everything.outputs, total, exact.not_finite, found)
 
     def fix(measured: Measured, rows: list[OperationError], total: float) -> Fix | None:
         worst = next((row for row in rows if row.ruled and row.total), None)
@@ -126,8 +127,9 @@ def suggest(
     """Finds rules under which a function stays within a tolerance of float32, with few exceptions.
 
     One line or module after the other is put into float32: the cheapest that meets the tolerance, else the one that
-    lowers the error most; then what turned out not to be needed is taken out. Each step is measured with the rules as
-    autocast applies them. What it takes is that of `compare` for each step.
+    lowers the error most; then what turned out not to be needed is taken out. Where one of them is most of the work,
+    several smaller ones are taken instead if they do. Each step is measured with the rules as autocast applies them.
+    What it takes is that of `compare` for each step.
 
     Args:
       fn: any function of pytrees, in float32.

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from mpjax._autocast import Rules
-from mpjax.diagnostics._explanation import line
+from mpjax.diagnostics._explanation import filled, line, rich_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Comparison:
       operations: a row for each, the one that does most to the results first.
       outputs: the error of each result by its tree path.
       total: of the results: of a tuple the largest of its entries' errors, each entry taken as one vector.
+      not_finite: the results that hold NaN or infinity in the reference already, by their tree paths.
       fix: the cheapest rule for the worst operation that rules decide over; None if it lowers `total` by less than a
         twentieth: then see `suggest`, which looks for several.
     """
@@ -82,28 +83,28 @@ class Comparison:
     operations: tuple[OperationError, ...]
     outputs: dict[str, float]
     total: float
+    not_finite: tuple[str, ...]
     fix: Fix | None
 
     def to_json(self) -> str:
         """Everything but the rules of the fix, as JSON; infinities as strings."""
         fix = self.fix and {k: getattr(self.fix, k) for k in ("code", "what", "before", "after", "bytes")}
         rows = [dataclasses.asdict(row) for row in self.operations]
-        names = ("policy", "reference", "total", "outputs")
+        names = ("policy", "reference", "total", "outputs", "not_finite")
         found = {name: getattr(self, name) for name in names} | {"operations": rows, "fix": fix}
         return json.dumps(_readable(found), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        rows = [_HEADER, *self._cells]
+        cells = self._cells
+        columns = filled(_HEADER, cells)
+        rows = [[row[i] for i in columns] for row in (_HEADER, *cells)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join([self._title, "", *(line(row, widths) for row in rows), "", *self._footer])
 
     def __rich__(self) -> Any:
         import rich.console
-        import rich.table
 
-        table = rich.table.Table(*_HEADER, title=self._title)
-        for row in self._cells:
-            table.add_row(*row)
+        table = rich_table(self._title, _HEADER, self._cells, whole=("operation", *_NUMBERS))
         return rich.console.Group(table, *self._footer)
 
     @property
@@ -124,28 +125,41 @@ class Comparison:
                 *map(number, (row.local_backward, row.accumulated_backward)),
                 row.reason,
             )
-            for row in self.operations[:_SHOWN]
+            for row in self._with_errors[:_SHOWN]
         ]
+
+    @property
+    def _with_errors(self) -> list[OperationError]:
+        names = ("total", "local", "accumulated", "local_backward", "accumulated_backward")
+        return [row for row in self.operations if any(getattr(row, name) for name in names)]
 
     @property
     def _footer(self) -> list[str]:
         lines = []
-        if len(self.operations) > _SHOWN:
-            lines.append(f"and {len(self.operations) - _SHOWN} more operations, none of which does more to the results")
+        shown = self._with_errors
+        if len(shown) > _SHOWN:
+            lines.append(f"and {len(shown) - _SHOWN} more operations, none of which does more to the results")
+        if len(shown) < len(self.operations):
+            lines.append(f"operations without any error: {len(self.operations) - len(shown)}")
+        if self.not_finite:
+            lines.append(
+                f"not finite in {self.reference} already: {', '.join(self.not_finite)}; what is in both counts as the "
+                "same. mp.diagnostics.locate_nonfinite finds the operation"
+            )
         worst = next(iter(self.operations), None)
         if worst and worst.total and not worst.ruled:
             place = " ".join(filter(None, (worst.path, worst.source)))
             lines.append(f"{worst.primitive} ({place}) is narrow because the code says so: no rule changes it")
-        lines.append(
-            str(self.fix)
-            if self.fix
-            else "no rule for the worst operation lowers the total error much; suggest looks for several"
-        )
+        if self.fix:
+            lines.append(str(self.fix))
+        elif any(row.ruled and row.total for row in self.operations):
+            lines.append("no rule for the worst operation lowers the total error much; suggest looks for several")
         return lines
 
 
-_HEADER = ("operation", "module", "source", "of results", "local", "accumulated", "local bwd", "accum. bwd", "reason")
-# Rows that are printed; all of them are in the data.
+_NUMBERS = ("of results", "local", "accumulated", "local bwd", "accum. bwd")
+_HEADER = ("operation", "module", "source", *_NUMBERS, "reason")
+# Rows that are printed, of those with an error; all of them are in the data.
 _SHOWN = 25
 
 

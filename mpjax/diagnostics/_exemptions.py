@@ -1,14 +1,20 @@
 """Exceptions to the rules that a function could do with, and which of them helps most."""
 
+import json
+import math
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from mpjax._autocast import Rules
+from mpjax._autocast._rules import file_and_line
 from mpjax.diagnostics._measured import Measured
 from mpjax.diagnostics._sites import Site
 
+# Exceptions for more of the work than this are another policy: several smaller ones are better, if they do.
+_MOST = 0.5
+# So many exceptions in a row may lower nothing: a later layer makes what an earlier one loses as large again.
+_PATIENCE = 2
 # Totals this near to the lowest count as the same: then the cheapest exception is taken.
 _SAME = 1.05
 
@@ -20,14 +26,14 @@ class Exemption(NamedTuple):
       method: of `Rules`: `"with_line"` or `"with_path"`.
       name: the line or module.
       argument: the same as the method takes it.
-      sites: what it covers.
+      sites: what it covers, in the order of the program.
       cost: floating-point operations and bytes of what is in low precision there now.
     """
 
     method: str
     name: str
     argument: str
-    sites: frozenset[Site]
+    sites: tuple[Site, ...]
     cost: int
 
     def added(self, rules: Rules) -> Rules:
@@ -37,7 +43,8 @@ class Exemption(NamedTuple):
     @property
     def code(self) -> str:
         """The call that adds it."""
-        return f'.{self.method}({self.argument!r}, "full", "loses accuracy in low precision")'
+        name = json.dumps(self.argument, ensure_ascii=False)
+        return f'.{self.method}({name}, "full", "loses accuracy in low precision")'
 
     @property
     def words(self) -> str:
@@ -50,24 +57,23 @@ class Exemption(NamedTuple):
 
 def exemptions(measured: Measured) -> list[Exemption]:
     """A rule for each line and each module that has something in low precision which rules decide over."""
-    lines: dict[str, set[Site]] = defaultdict(set)
-    modules: dict[str, set[Site]] = defaultdict(set)
     ruled = [site for site in measured.narrow if measured.sites[site].ruled]
-    for site in ruled:
-        if site.source:
-            lines[site.source.split(" (", 1)[0]].add(site)
-        if site.path:
-            modules[site.path].update(s for s in ruled if f"{s.path}/".startswith(f"{site.path}/"))
-
-    def cost(sites: Iterable[Site]) -> int:
-        return sum(measured.sites[site].cost for site in sites)
-
+    lines = dict.fromkeys(file_and_line(site.source) for site in ruled if site.source)
     files = {line.rpartition(":")[0] for line in lines}
-    named = {_short(line, files): covered for line, covered in lines.items()}
-    return [
-        *(Exemption("with_line", x, x, frozenset(covered), cost(covered)) for x, covered in named.items()),
-        *(Exemption("with_path", x, re.escape(x), frozenset(covered), cost(covered)) for x, covered in modules.items()),
-    ]
+
+    def exemption(method: str, name: str, argument: str, sites: Iterable[Site]) -> Exemption:
+        covered = tuple(sites)
+        return Exemption(method, name, argument, covered, sum(measured.sites[site].cost for site in covered))
+
+    def of_line(line: str) -> Exemption:
+        short = _short(line, files)
+        return exemption("with_line", short, short, (s for s in ruled if file_and_line(s.source) == line))
+
+    def of_module(path: str) -> Exemption:
+        inside = (s for s in ruled if f"{s.path}/".startswith(f"{path}/"))
+        return exemption("with_path", path, re.escape(path), inside)
+
+    return [*map(of_line, lines), *map(of_module, dict.fromkeys(site.path for site in ruled if site.path))]
 
 
 def cheapest(measured: Measured, site: Site) -> Exemption | None:
@@ -75,15 +81,15 @@ def cheapest(measured: Measured, site: Site) -> Exemption | None:
     return min((x for x in exemptions(measured) if site in x.sites), key=lambda x: x.cost, default=None)
 
 
-def best(measured: Measured, tolerance: float = 0.0) -> Exemption | None:
-    """The exception to add next; None if there is none.
+def best(measured: Measured, tolerance: float, most: float) -> Exemption | None:
+    """The exception to add next, of those that cost no more than `most`; None if there is none.
 
     The cheapest that meets the tolerance; if none does, the one with the lowest error. Of those that leave the same
     error (it may be infinite in several places) it is the one that does most harm alone, or comes first: what follows
     its inputs is then in float32 as well.
     """
     narrow = frozenset(measured.narrow)
-    found = [(x, measured.total(narrow - x.sites)) for x in exemptions(measured)]
+    found = [(x, measured.total(narrow.difference(x.sites))) for x in exemptions(measured) if x.cost <= most]
     enough = [(x, total) for x, total in found if total <= tolerance]
     if enough:
         return min(enough, key=lambda row: row[0].cost)[0]
@@ -107,22 +113,40 @@ def fewest(
     Returns:
       The exceptions, the function with them, and the error that is left: above the tolerance if no exception helps.
     """
+    start = measure([])
+    found = _one_by_one(measure, start, tolerance, math.inf)
+    most = _MOST * sum(known.cost for known in start.sites.values())
+    if found[2] <= tolerance and any(x.cost > most for x in found[0]):
+        smaller = _one_by_one(measure, start, tolerance, most)
+        found = smaller if smaller[2] <= tolerance else found
+    return found
+
+
+def _one_by_one(
+    measure: Callable[[Collection[Exemption]], Measured], start: Measured, tolerance: float, most: float
+) -> tuple[list[Exemption], Measured, float]:
+    """As `fewest`, of exceptions that cost no more than `most` each."""
     chosen: list[Exemption] = []
-    measured = measure(chosen)
-    total = measured.total(measured.narrow)
-    while total > tolerance and (step := best(measured, tolerance)):
-        tried = measure([*chosen, step])
-        new = tried.total(tried.narrow)
+    measured, now = start, start.run(start.narrow)
+    lowest, stuck = (chosen, measured, now), 0
+    while now.total > tolerance and stuck <= _PATIENCE and (step := best(measured, tolerance, most)):
         # Where two places are infinite, one exception alone changes nothing that can be seen.
-        if not (new < total * 0.99 or (total == float("inf") and measured.total(step.sites) > tolerance)):
-            break
-        chosen, measured, total = [*chosen, step], tried, new
-    for x in chosen[:-1] if total <= tolerance else []:
+        hidden = now.total == math.inf and measured.total(step.sites) > tolerance
+        chosen = [*chosen, step]
+        measured = measure(chosen)
+        now = measured.run(measured.narrow)
+        before = lowest[2]
+        if hidden or now.total < before.total * 0.99 or sum(now.entries) < sum(before.entries) * 0.99:
+            lowest, stuck = (chosen, measured, now), 0
+        else:
+            stuck += 1
+    chosen, measured, now = lowest
+    for x in chosen[:-1] if now.total <= tolerance else []:
         tried = measure([y for y in chosen if y is not x])
-        new = tried.total(tried.narrow)
-        if new <= tolerance:
-            chosen, measured, total = [y for y in chosen if y is not x], tried, new
-    return chosen, measured, total
+        new = tried.run(tried.narrow)
+        if new.total <= tolerance:
+            chosen, measured, now = [y for y in chosen if y is not x], tried, new
+    return chosen, measured, now.total
 
 
 def _short(line: str, files: Collection[str]) -> str:

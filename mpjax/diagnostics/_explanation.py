@@ -135,11 +135,8 @@ class Explanation:
 
     def __rich__(self) -> Any:
         import rich.console
-        import rich.table
 
-        table = rich.table.Table(*_HEADER, title=self.policy)
-        for row in self._cells:
-            table.add_row(*row)
+        table = rich_table(self.policy, _HEADER, self._cells, whole=("operation", "count", "mark", "FLOPs"))
         return rich.console.Group(table, *self._footer)
 
     @property
@@ -151,7 +148,7 @@ class Explanation:
                 f"{row.count:,}",
                 f"{', '.join(dict.fromkeys(row.inputs))} -> {', '.join(dict.fromkeys(row.outputs))}",
                 row.mark,
-                f"{row.flops:.3g}" if row.flops else "",
+                _amount(row.flops) if row.flops else "",
                 row.source.rsplit("/", 1)[-1],
                 row.reason,
             )
@@ -180,10 +177,37 @@ def line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return ("  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))).rstrip()
 
 
+def filled(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """The columns that have something in them; all where there are no rows."""
+    return [i for i in range(len(header)) if not rows or any(row[i] for row in rows)]
+
+
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[str]) -> Any:
+    """A table for a terminal, as wide as that is: columns in `whole` are not cut, the others have several lines."""
+    import rich.box
+    import rich.table
+    import rich.text
+
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = filled(header, rows)
+    for i in columns:
+        table.add_column(header[i].replace(" ", "\n"), no_wrap=header[i] in whole, overflow="fold")
+    for row in rows:
+        table.add_row(*(rich.text.Text(row[i]) for i in columns))
+    return table
+
+
 def _shares(amounts: dict[str, int], unit: str) -> str:
     total = sum(amounts.values()) or 1
     ordered = sorted(amounts.items(), key=lambda row: -row[1])
-    return ", ".join(f"{dtype} {amount:.3g}{unit} ({amount / total:.1%})" for dtype, amount in ordered)
+    return ", ".join(f"{dtype} {_amount(amount, unit)} ({amount / total:.1%})" for dtype, amount in ordered)
+
+
+def _amount(number: int, unit: str = "") -> str:
+    for prefix, size in (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.4g} {prefix}{unit}"
+    return f"{number} {unit}".rstrip()
 
 
 def _by_place(operations: Sequence[Operation]) -> dict[tuple[str, str, str, str], dict[str, str]]:

@@ -137,7 +137,7 @@ def gradient_monitor(
             return stats._replace(paths=paths), state.step, scale
 
         def look() -> tuple[NonFiniteStep, NonFiniteStep]:
-            counts = jnp.stack([jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in grads])
+            counts = jnp.asarray([jnp.sum(~jnp.isfinite(x)) for x in grads], jnp.int32)
             last = NonFiniteStep(state.step, scale, counts if axis_name is None else jax.lax.psum(counts, axis_name))
             is_first = state.first_skip.step < 0
             return jax.tree.map(lambda new, old: jnp.where(is_first, new, old), last, state.first_skip), last

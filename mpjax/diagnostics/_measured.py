@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from mpjax._compat import tracing_for
 from mpjax._dtypes import FLOAT32
 from mpjax._errors import problem
 from mpjax._policy import Policy
-from mpjax.diagnostics._paired import Errors, Paired
+from mpjax.diagnostics._paired import Paired
 from mpjax.diagnostics._pairs import is_float, squares
 from mpjax.diagnostics._sites import Known, Site, known_sites
 from mpjax.diagnostics._traced import Traced, trace
@@ -51,11 +51,39 @@ class Reference:
     @property
     def floats(self) -> list[str]:
         """The names of the results that have errors."""
-        return [n for n, y in zip(self.names, self.results, strict=True) if is_float(jax.typeof(y))]
+        return [name for name, _ in self._floats]
+
+    @property
+    def not_finite(self) -> tuple[str, ...]:
+        """The names of those that hold NaN or infinity."""
+        return tuple(name for name, y in self._floats if not np.isfinite(y).all())
+
+    @property
+    def _floats(self) -> list[tuple[str, Any]]:
+        return [(n, y) for n, y in zip(self.names, self.results, strict=True) if is_float(jax.typeof(y))]
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """What holds while the reference's dtype is used."""
         return jax.enable_x64(True) if self.dtype == _FLOAT64 else contextlib.nullcontext()
+
+
+class Found(NamedTuple):
+    """The errors of one evaluation.
+
+    Attributes:
+      outputs: of each result, by its tree path.
+      entries: of each entry of a tuple that is returned, else of all results together.
+      operations: of each site, by direction.
+    """
+
+    outputs: dict[str, float]
+    entries: list[float]
+    operations: dict[tuple[Site, bool], float]
+
+    @property
+    def total(self) -> float:
+        """The largest of the entries' errors."""
+        return max(self.entries, default=0.0)
 
 
 class Measured:
@@ -95,12 +123,8 @@ class Measured:
 
         self._call = call
 
-    def run(self, on: Collection[Site]) -> tuple[dict[str, float], dict[tuple[Site, bool], float]]:
-        """Evaluates with these sites in low precision.
-
-        Returns:
-          The error of each result by its tree path, and as a whole under `""`; and that of each site, by direction.
-        """
+    def run(self, on: Collection[Site]) -> Found:
+        """Evaluates with these sites in low precision."""
         # One more, so that the program is the same where nothing is narrow.
         flags = np.zeros(len(self.narrow) + 1, bool)
         flags[[i for i, site in enumerate(self.narrow) if site in on]] = True
@@ -108,12 +132,12 @@ class Measured:
         names = self.reference.floats
         found = dict(zip(names, [tuple(map(float, x)) for x in sums], strict=True))
         outputs = {name: _error([found[name]]) for name in names}
-        groups = [[found[name] for name in group if name in found] for group in self.reference.groups]
-        return {"": max(map(_error, groups), default=0.0), **outputs}, {k: float(x) for k, x in _host(errors).items()}
+        entries = [_error([found[name] for name in group if name in found]) for group in self.reference.groups]
+        return Found(outputs, entries, {key: float(x) for key, x in jax.device_get(errors).items()})
 
     def total(self, on: Collection[Site]) -> float:
         """The error of the results with these sites in low precision."""
-        return self.run(on)[0][""]
+        return self.run(on).total
 
 
 def reference_dtype(reference: Any) -> Any:
@@ -134,10 +158,6 @@ def reference_dtype(reference: Any) -> Any:
     return known[reference]
 
 
-def _host(errors: Errors) -> dict[tuple[Site, bool], Any]:
-    return dict(jax.device_get(errors))
-
-
 def _groups(traced: Traced) -> list[list[str]]:
     """The names of the results: of a tuple's entries one by one, else together."""
     tree = traced.result(traced.outputs)
@@ -148,6 +168,9 @@ def _groups(traced: Traced) -> list[list[str]]:
 
 def _error(sums: list[tuple[float, ...]]) -> float:
     """The relative error of several arrays together."""
-    distance = math.sqrt(sum(scale**2 * d for scale, d, _ in sums))
-    norm = math.sqrt(sum(scale**2 * n for scale, _, n in sums))
+    # A sum of squares would leave the range of floats.
+    distance = math.hypot(*(scale * math.sqrt(d) for scale, d, _ in sums))
+    norm = math.hypot(*(scale * math.sqrt(n) for scale, _, n in sums))
+    if math.isinf(distance):
+        return distance
     return distance / norm if norm else float(distance > 0)

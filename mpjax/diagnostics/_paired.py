@@ -87,6 +87,8 @@ class Paired:
             return enter(eqn, ins, here)
         if name == "convert_element_type" and is_float(eqn.invars[0].aval) and is_float(eqn.outvars[0].aval):
             return self._cast(eqn, ins[0], here)
+        if name == "reduce_precision" and here.note and here.note[1].action is Action.ROUNDED:
+            return ins, OrderedDict()  # what is rounded already, where XLA might drop that
         return self._operation(eqn, ins, here)
 
     def _switch(self, here: Standing, eqn: Any) -> Any:

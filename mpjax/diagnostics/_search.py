@@ -199,13 +199,14 @@ class Search:
         if not any(map(any, found)):
             flag = NONE.union(*(v.flag for v in ins), nan | inf if is_check(eqn) else NONE)
             return [Value(x, flag=NONE if jnp.issubdtype(x.dtype, jnp.inexact) else flag) for x in arrays]
-        new = NONE
-        if not (nan or inf) or self._bad_by_itself(eqn, ins):
-            new = self._blame(eqn, ins, arrays, here, NONE)
-        elif not nan and any(has_nan for has_nan, _ in found):
-            new = self._blame(eqn, ins, arrays, here, inf)
+        by_nan, by_inf = self._of_finite(eqn, ins) if nan or inf else (True, True)
+        new = self._blame(eqn, ins, arrays, here, NONE) if by_nan or by_inf else NONE
+        nan |= new if by_nan else NONE
+        if not nan and any(has_nan for has_nan, _ in found):
+            nan = self._blame(eqn, ins, arrays, here, inf)
+        inf |= new if by_inf else NONE
         return [
-            Value(x, (nan | new or inf) if has_nan else NONE, (inf | new or nan) if has_inf else NONE)
+            Value(x, nan if has_nan else NONE, (inf or nan) if has_inf else NONE)
             for x, (has_nan, has_inf) in zip(arrays, found, strict=True)
         ]
 
@@ -218,12 +219,13 @@ class Search:
         self._references[key] = reference.array, nan, inf
         return [reference._replace(nan=nan, inf=inf), *ins[1:]]
 
-    def _bad_by_itself(self, eqn: Any, ins: list[Value]) -> bool:
-        """Whether the finite numbers of an operation make something non-finite too, next to those that are not."""
+    def _of_finite(self, eqn: Any, ins: list[Value]) -> tuple[bool, bool]:
+        """Whether an operation makes NaN, and infinities, of its finite numbers too, next to those that are not."""
         if eqn.primitive.name in (*MOVES, *STATEFUL):
-            return False
+            return False, False
         cleaned = [jnp.where(jnp.isfinite(v.array), v.array, jnp.ones_like(v.array)) if v.bad else v.array for v in ins]
-        return any(any(nan_and_inf(x)) for x in self._world.bind(eqn, cleaned))
+        found = [nan_and_inf(x) for x in self._world.bind(eqn, cleaned)]
+        return any(nan for nan, _ in found), any(inf for _, inf in found)
 
     def _blame(
         self, eqn: Any, ins: list[Value], arrays: list[Any], here: Place, causes: frozenset[int]

@@ -90,7 +90,8 @@ def known_sites(jaxpr: Any, notes: list[Any], dtype: Any) -> dict[Site, Known]:
             continue  # autocast's results in the dtypes that the function's have
         site = here.site(eqn)
         reason, narrow, ruled, cost = found.get(site, Known("", False, False, 0))
-        if any(is_float(atom.aval) and atom.aval.dtype != dtype for atom in (*eqn.invars, *eqn.outvars)):
+        others = (is_float(atom.aval) and atom.aval.dtype != dtype for atom in (*eqn.invars, *eqn.outvars))
+        if not is_widening(eqn) and any(others):
             decision = here.note[1] if here.note else None
             narrow, ruled = True, ruled or (decision is not None and decision.action is not Action.WIDE)
             cost += times * (flops(eqn) + sum(operand_bytes(eqn).values()))

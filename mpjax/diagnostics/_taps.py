@@ -86,7 +86,16 @@ def _amax(x: Any) -> jax.Array:
         # XLA may compute in float32 and drop the rounding; what is asked for is whether the narrow number overflows.
         info = jnp.finfo(x.dtype)
         size = jax.lax.reduce_precision(size, info.nexp, info.nmant)
-    return jnp.max(size, initial=0)
+    return _largest(size)
+
+
+def _largest(sizes: jax.Array) -> jax.Array:
+    """The largest of float32 numbers that are not negative, which is NaN where one is.
+
+    As their bits, in which NaN comes after inf: between devices, XLA's maximum of floats passes over NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(sizes, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.max(bits, initial=0), FLOAT32)
 
 
 def _call(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any], Found]:
@@ -133,7 +142,7 @@ def _scan(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any],
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, (ys, found) = jax.lax.scan(body, carry, xs, **options)
-    return [*carry, *ys], OrderedDict((key, jnp.max(x, initial=0)) for key, x in found.items())
+    return [*carry, *ys], OrderedDict((key, _largest(x)) for key, x in found.items())
 
 
 def _while(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[list[Any], Found]:
@@ -212,7 +221,7 @@ def _shard_map(taps: Taps, eqn: Any, ins: list[Any], here: Place) -> tuple[list[
         check_vma=eqn.params["check_vma"],
     )
     outs, found = mapped(*ins)
-    return outs, OrderedDict((key, jnp.max(x)) for key, x in found.items())
+    return outs, OrderedDict((key, _largest(x)) for key, x in found.items())
 
 
 _ENTERED: dict[str, Callable[[Taps, Any, list[Any], Place], tuple[list[Any], Found]]] = {

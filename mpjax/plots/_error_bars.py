@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from mpjax._autocast._rules import file_and_line
 from mpjax._errors import problem
 from mpjax.diagnostics import Comparison, OperationError
 from mpjax.plots._house import BLUE, GREY, ORANGE, SKY, check_limit, drawing, figure_of, from_left
@@ -69,8 +70,9 @@ def error_bars(comparison: Any, *, limit: int = 20, ax: Any = None) -> "Figure":
     left, right = min(finite) / 3, max(finite) * 3
     with drawing(ax, (8.0, 1.5 + 0.28 * max(len(rows), 3))) as ax:
         _draw_bars(ax, totals, left, right)
-        _draw_marks(ax, local, right, "o", "white", "its output, this alone")
-        _draw_marks(ax, accumulated, right, "D", BLUE, "its output, all")
+        # Where both are the same, the diamond is inside the circle.
+        _draw_marks(ax, local, right, "o", "white", 7.5, "its output, this alone")
+        _draw_marks(ax, accumulated, right, "D", BLUE, 3.5, "its output, all")
         if comparison.total:
             label = f"results, all in low precision ({comparison.total:.2g})"
             ax.axvline(min(comparison.total, right), color=GREY, linestyle="--", linewidth=1.2, label=label)
@@ -97,10 +99,10 @@ def _draw_bars(ax: Any, totals: list[float], left: float, right: float) -> None:
         ax.text(1.03, i, f"{total:.2g}", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
 
 
-def _draw_marks(ax: Any, errors: list[float], right: float, marker: str, face: str, label: str) -> None:
+def _draw_marks(ax: Any, errors: list[float], right: float, marker: str, face: str, size: float, label: str) -> None:
     """Marks of the errors that are not 0; of infinite ones at the edge."""
     where = [i for i, x in enumerate(errors) if x]
-    style = {"linestyle": "none", "markersize": 5.5, "markeredgewidth": 1.2, "clip_on": False, "zorder": 3}
+    style = {"linestyle": "none", "markersize": size, "markeredgewidth": 1.2, "clip_on": False, "zorder": 3}
     if where:
         at = [min(errors[i], right) for i in where]
         ax.plot(at, where, marker, color=BLUE, markerfacecolor=face, label=label, **style)
@@ -108,6 +110,6 @@ def _draw_marks(ax: Any, errors: list[float], right: float, marker: str, face: s
 
 def _name(row: OperationError) -> str:
     """What it is, in which module, at which line of which file: the module is what is shortened."""
-    ends = [row.primitive, row.source.split(" (", 1)[0].rsplit("/", 1)[-1]]
+    ends = [row.primitive, file_and_line(row.source).rsplit("/", 1)[-1]]
     room = max(_LONGEST - sum(map(len, ends)), 12)
     return "  ".join(filter(None, (ends[0], from_left(row.path, room), ends[1])))

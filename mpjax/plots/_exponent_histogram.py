@@ -1,5 +1,6 @@
 """`mpjax.plots.exponent_histogram`: how large numbers are, under the ranges of the formats."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +46,12 @@ class _Counts(NamedTuple):
         )
         parts = [(zeros, "are 0"), (non_finite, "are not finite")]
         return " and ".join(f"{percent(count / size)} {what}" for count, what in parts if count)
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the first or the last bin holds numbers that are smaller or larger than it says."""
+        (first, last), some = self.stats.exponents, self.stats.histogram.any(1)
+        return bool(self.stats.min_exponent[some].min() < first or self.stats.max_exponent[some].max() > last)
 
     def lost(self, dtype: str) -> str:
         """What a format would lose."""
@@ -93,7 +100,8 @@ def exponent_histogram(stats: Any, *, ax: Any = None) -> "Figure":
 
         highest = max(float(counts.histogram.max()) for counts in found)
         for i, (letter, counts) in enumerate(zip(letters, found, strict=True)):
-            color, line = _LINES[i % len(_LINES)]
+            # The fifth has the first one's colour, and another line.
+            (color, _), (_, line) = _LINES[i % len(_LINES)], _LINES[(i + i // len(_LINES)) % len(_LINES)]
             edges = np.arange(counts.stats.exponents[0], counts.stats.exponents[1] + 2)
             ax.stairs(counts.histogram, edges, fill=True, color=color, alpha=0.2)
             ax.stairs(counts.histogram, edges, color=color, linestyle=line, linewidth=1.6, label=letter + counts.name)
@@ -101,13 +109,16 @@ def exponent_histogram(stats: Any, *, ax: Any = None) -> "Figure":
         last = max(counts.stats.exponents[1] for counts in found) + 1
         _draw_formats(ax, found, letters, first, last, share)
         left_out = "; ".join(letter + x.left_out for letter, x in zip(letters, found, strict=True) if x.left_out)
+        notes = [f"{left_out}: left out"] if left_out else []
+        notes += ["the outermost bars hold all beyond them"] if any(counts.beyond for counts in found) else []
         ax.set(
             xlim=(first, last),
             ylim=(0, highest / (0.95 * share)),
-            xlabel="size of the numbers" + (f" ({left_out}: left out)" if left_out else ""),
+            xlabel=textwrap.fill("size of the numbers" + (f" ({'; '.join(notes)})" if notes else ""), 75),
             ylabel="% of the numbers",
         )
-        ax.xaxis.set_major_locator(MultipleLocator(8))
+        apart = next(n for n in (1, 2, 4, 8, 16, 32) if last - first <= 12 * n)
+        ax.xaxis.set_major_locator(MultipleLocator(apart))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda exponent, position: f"$2^{{{exponent:.0f}}}$"))
         ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= highest])
         if any(counts.name for counts in found):

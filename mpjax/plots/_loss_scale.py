@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FEW = 20  # Of so many marks for several steps each says how many they are.
+_MANY = 100  # Of more marks than so, each is small.
 _NUMBER = (int, float, np.generic, np.ndarray, jax.Array)
 
 
@@ -66,11 +67,16 @@ def loss_scale_history(history: Any, skipped: Any = None, *, steps: Any = None, 
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
         ax.step(found.steps, found.scales, where="post", color=BLUE, linewidth=1.8)
+        if not np.isfinite(found.scales[-2:-1]).any():  # a last entry that no line ends at
+            ax.plot(found.steps[-1:], found.scales[-1:], "o", color=BLUE, markersize=4)
+        if len(found.steps) == 1:
+            ax.set_xlim(found.steps[0] - 1, found.steps[0] + 1)
         if found.skips is not None:
             at = found.skips > 0
             total = int(found.skips.sum())
             label = f"{total:,} {'step' if total == 1 else 'steps'} skipped"
-            style = {"color": RED, "markersize": 7, "markeredgewidth": 1.8, "linestyle": "none"}
+            size, width = (7, 1.8) if at.sum() <= _MANY else (3, 0.6)
+            style = {"color": RED, "markersize": size, "markeredgewidth": width, "linestyle": "none"}
             ax.plot(found.steps[at], found.marks[at], "x", label=label, zorder=3, **style)
             several = np.flatnonzero(found.skips > 1)
             for i in several if len(several) <= _FEW else []:
@@ -125,7 +131,9 @@ def _of_scales(scales: Any, skipped: Any, steps: Any) -> _History:
         raise _refused(ValueError, f"history has the shape {scales.shape}.")
     steps = _checked_steps(np.arange(len(scales)) if steps is None else steps, len(scales))
     scales = _drawable(scales)
-    return _History(steps, scales, None if skipped is None else _skips(np.asarray(skipped), steps), scales)
+    # A step whose scale was no number has its mark at the last that was one.
+    known = np.maximum.accumulate(np.where(np.isfinite(scales), np.arange(len(scales)), 0))
+    return _History(steps, scales, None if skipped is None else _skips(np.asarray(skipped), steps), scales[known])
 
 
 def _of_rows(entries: list[Any], steps: Any) -> _History:

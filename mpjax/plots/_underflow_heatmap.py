@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FEW = 120  # Of so many cells each has room for its number.
-_TICKS = 12
+_NARROW = 100  # More columns than so are too narrow for an edge.
+_TICKS, _LETTERS = 12, 48  # The most labels of steps, and letters in them.
 
 
 def underflow_heatmap(
@@ -70,19 +71,21 @@ def underflow_heatmap(
     with drawing(ax, (7.5, 1.2 + 0.22 * max(len(shown), 7))) as ax:
         figure = figure_of(ax)
         # It goes from dark to light: a scale for the colour-blind too, and on paper.
-        image = ax.pcolormesh(100 * lost, cmap="cividis", vmin=0, vmax=100, edgecolor="white", linewidth=0.3)
+        edge = {"edgecolor": "white", "linewidth": 0.3} if count <= _NARROW else {}
+        image = ax.pcolormesh(100 * lost, cmap="cividis", vmin=0, vmax=100, **edge)
         ax.grid(visible=False)
         ax.patch.set(facecolor="white", edgecolor="#BBBBBB", hatch="////")  # where there are no numbers
         ax.invert_yaxis()
         ax.set_yticks(np.arange(len(shown)) + 0.5, [from_left(whole.paths[i], 40) for i in shown])
-        ticks = np.arange(0, count, -(-count // _TICKS))
+        labels = min(_TICKS, max(_LETTERS // (len(f"{steps[-1]}") + 2), 1))
+        ticks = np.arange(0, count, -(-count // labels))
         ax.set_xticks(ticks + 0.5, [f"{steps[i]}" for i in ticks])
         if lost.size <= _FEW:
             for row, column in np.argwhere(np.isfinite(lost)):
                 share = lost[row, column]
                 style = {"color": "white" if share < 0.5 else "black", "fontsize": 7, "ha": "center", "va": "center"}
                 ax.text(column + 0.5, row + 0.5, f"{100 * share:.0f}", **style)
-        ax.set(xlabel="step", ylabel=f"{left_out} leaves that lose less are left out" if left_out else "")
+        ax.set(xlabel="step", ylabel=f"{left_out} leaves that lose no more are left out" if left_out else "")
         figure.colorbar(image, ax=ax, label=f"% {'subnormal or ' if subnormal else ''}zero in {name}")
         return figure
 
