@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-slow test-newest lint format bench clean
+.PHONY: demo test test-slow test-newest lint format docs bench clean
 
 demo: .venv/demo
 	.venv/bin/mpjax demo
@@ -26,6 +26,9 @@ format: .venv/dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
+
 bench: .venv/dev .venv-bench/dev .venv-bench-gpu/dev
 	.venv/bin/python benchmarks/half_weights.py --write
 	.venv-bench/bin/python benchmarks/step_cost.py --write
@@ -33,14 +36,18 @@ bench: .venv/dev .venv-bench/dev .venv-bench-gpu/dev
 	.venv-bench/bin/python benchmarks/autocast_cost.py --target v5e --write
 	.venv-bench/bin/python benchmarks/wire_bytes.py --write
 	.venv-bench/bin/python benchmarks/large_slice.py --write
+	.venv-bench/bin/python benchmarks/model_costs.py --target v5e --search --write
+	.venv-bench/bin/python benchmarks/model_costs.py --target v6e --write
 	.venv-bench/bin/python benchmarks/autocast_trace.py --write
 	.venv-bench-gpu/bin/python benchmarks/autocast_cost.py --target h100 --write
 	.venv-bench-gpu/bin/python benchmarks/weights_cost.py --target h100 --write
 	.venv-bench-gpu/bin/python benchmarks/fp8_hlo.py --write
+	.venv-bench-gpu/bin/python benchmarks/model_costs.py --target h100 --search --write
 	.venv/bin/python benchmarks/fp8_convergence.py --steps 500 --seeds 3 --write
+	.venv/bin/python benchmarks/convergence.py --write
 
 clean:
-	rm -rf .venv .venv-newest .venv-bench .venv-bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis out
+	rm -rf .venv .venv-newest .venv-bench .venv-bench-gpu .pytest_cache .mypy_cache .ruff_cache .hypothesis out site
 
 # Each stamp is remade when pyproject.toml changes.
 .venv/demo: pyproject.toml | .venv/bin/python

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 MODELS = ("resnet50", "vit", "lm", "lm-scan", "lm-scan-remat", "encoder-decoder")
+# At their published sizes, with transformers as loops over their layers.
+PUBLISHED = ("resnet50", "bert-base", "vit-b16", "gpt2-small")
 
 
 class ResNet(nn.Module):
@@ -61,6 +63,17 @@ class Layer(nn.Module):
         return x + nn.Dense(width, dtype=self.dtype)(h)
 
 
+class Encoder(nn.Module):
+    """One layer that sees everything, with the signature that `nn.scan` asks for."""
+
+    dtype: Any
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        return Layer(self.dtype, self.heads)(x), None
+
+
 class VisionTransformer(nn.Module):
     dtype: Any
     layers: int
@@ -68,6 +81,7 @@ class VisionTransformer(nn.Module):
     heads: int
     patch: int
     classes: int = 1000
+    scan: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,7 +92,9 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([jnp.tile(token.astype(x.dtype), (x.shape[0], 1, 1)), x], 1)
         positions = self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         x = x + positions.astype(x.dtype)
-        for _ in range(self.layers):
+        if self.scan:
+            x, _ = _scanned(Encoder, self.layers)(self.dtype, self.heads)(x, None)
+        for _ in range(0 if self.scan else self.layers):
             x = Layer(self.dtype, self.heads)(x)
         return nn.Dense(self.classes, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x)[:, 0])
 
@@ -125,6 +141,49 @@ class LanguageModel(nn.Module):
         return nn.Dense(self.vocabulary, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
 
 
+class BertLayer(nn.Module):
+    """A post-norm layer, with the signature that `nn.scan` asks for."""
+
+    dtype: Any
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-12, dtype=self.dtype)
+        x = norm()(x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(x, mask=mask))
+        h = nn.gelu(nn.Dense(4 * x.shape[-1], dtype=self.dtype)(x), approximate=False)
+        return norm()(x + nn.Dense(x.shape[-1], dtype=self.dtype)(h)), None
+
+
+class Bert(nn.Module):
+    """BERT with its head for masked tokens, which reads the masked places only; token 0 is padding. No dropout."""
+
+    dtype: Any
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    length: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, places: jax.Array) -> jax.Array:
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-12, dtype=self.dtype)
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
+        words = embed(self.vocabulary)
+        x = words(tokens) + embed(self.length)(jnp.arange(tokens.shape[1])) + embed(2)(jnp.zeros_like(tokens))
+        mask = nn.make_attention_mask(tokens > 0, tokens > 0)
+        x, _ = _scanned(BertLayer, self.layers)(self.dtype, self.heads)(norm()(x), mask)
+        x = jnp.take_along_axis(x, places[..., None], 1)
+        x = norm()(nn.gelu(nn.Dense(self.width, dtype=self.dtype)(x), approximate=False))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocabulary,))
+        return words.attend(x).astype(jnp.float32) + bias
+
+
+def _scanned(layer: Any, layers: int) -> Any:
+    """A loop over layers that have weights of their own."""
+    return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=layers)
+
+
 class EncoderDecoder(nn.Module):
     """Layers that read a source, and layers that read what they made of it; token 0 is padding."""
 
@@ -169,17 +228,26 @@ class Case(NamedTuple):
         return (*jax.eval_shape(self.init, key), jax.eval_shape(self.batch, key))
 
 
-_TINY, _DECODER = (2, 32, 2, 64), (6, 512, 8, 256)
+_TINY, _DECODER, _BASE = (2, 32, 2, 64), (6, 512, 8, 256), (12, 768, 12)
 
 
 def case(name: str, dtype: Any, *, tiny: bool = False, batch: int | None = None, sizes: Any = None) -> Case:
-    """A model of `MODELS`, or `"lm-shared"`, in a dtype; `tiny` is for a look on a CPU, `sizes` for another decoder."""
+    """A model of `MODELS` or `PUBLISHED`, or `"lm-shared"`; `tiny` for a look on a CPU, `sizes` for another decoder."""
     if name == "resnet50":
         sizes = {"stages": (1, 1), "width": 8} if tiny else {}
         return _of_images(ResNet(dtype, **sizes), batch or (2 if tiny else 64), 32 if tiny else 224)
     if name == "vit":
         sizes = (2, 32, 2, 8) if tiny else (12, 384, 6, 16)
         return _of_images(VisionTransformer(dtype, *sizes), batch or (2 if tiny else 64), 32 if tiny else 224)
+    if name == "vit-b16":
+        model = VisionTransformer(dtype, *((2, 32, 2, 8) if tiny else (*_BASE, 16)), scan=True)
+        return _of_images(model, batch or (2 if tiny else 64), 32 if tiny else 224)
+    if name == "bert-base":
+        model = Bert(dtype, *((*_TINY, 16) if tiny else (*_BASE, 30522, 512)))
+        return _of_masked_tokens(model, batch or (2 if tiny else 64), 16 if tiny else 128)
+    if name == "gpt2-small":
+        model = LanguageModel(dtype, "scan", *(_TINY if tiny else (*_BASE, 50257)))
+        return _of_tokens(model, batch or (2 if tiny else 8), 16 if tiny else 512, sides=1)
     if name == "encoder-decoder":
         model = EncoderDecoder(dtype, *((2, 32, 2, 64) if tiny else (6, 512, 8, 8192)))
         return _of_tokens(model, batch or (2 if tiny else 32), 16 if tiny else 256, sides=2)
@@ -209,6 +277,23 @@ def _of_tokens(model: Any, batch: int, length: int, sides: int) -> Case:
         return _cross_entropy(logits, jnp.roll(batch[-1], -1, 1)), state
 
     return Case(loss, lambda key: _init(model, key, *[jnp.zeros((1, length), jnp.int32)] * sides), make)
+
+
+def _of_masked_tokens(model: Any, batch: int, length: int) -> Case:
+    masked = length * 20 // 128  # as BERT was trained: 20 of 128
+
+    def make(key: jax.Array) -> Any:
+        tokens = jax.random.randint(key, (batch, length), 1, model.vocabulary)
+        places = jax.random.randint(key, (batch, masked), 0, length)
+        labels = jax.random.randint(key, (batch, masked), 1, model.vocabulary)
+        return {"tokens": tokens, "places": places, "labels": labels}
+
+    def loss(params: Any, state: Any, batch: Any) -> Any:
+        logits = model.apply({"params": params}, batch["tokens"], batch["places"])
+        return _cross_entropy(logits, batch["labels"]), state
+
+    zeros = jnp.zeros((1, length), jnp.int32)
+    return Case(loss, lambda key: _init(model, key, zeros, zeros[:, :masked]), make)
 
 
 def _init(model: Any, key: jax.Array, *inputs: Any) -> Any:
