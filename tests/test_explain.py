@@ -344,6 +344,20 @@ class TestThrough:
         assert back.source.startswith(f"{__file__}:{line_of(tiny, '@')}")
         assert "dot_general (backward)" in str(found)
 
+    @pytest.mark.parametrize(
+        ("layer", "forward"),
+        [(lambda x, w: x @ w, 3), (jax.checkpoint(lambda x, w: jnp.sin(x @ w)), 6)],
+        ids=["kept", "again"],
+    )
+    def test_backward_rows_of_a_loop(self, layer, forward):
+        """Three layers: their products, those of checkpoint again, and two gradients each."""
+        weights = jnp.ones((3, 4, 4))
+        fn = lambda x, ws: jnp.sin(jax.lax.scan(lambda x, w: (jnp.tanh(layer(x, w)), None), x, ws)[0]).sum()
+        found = explain(fn, jnp.ones((2, 4)), weights, through=functools.partial(jax.grad, argnums=(0, 1)))
+        products = [row for row in found.operations if row.primitive == "dot_general"]
+        counts = {way: sum(row.count for row in products if row.direction == way) for way in ("forward", "backward")}
+        assert counts == {"forward": forward, "backward": 6}
+
     def test_forward_alone_has_none(self):
         assert {row.direction for row in explain(tiny, X, W).operations} == {"forward"}
 

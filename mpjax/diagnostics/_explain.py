@@ -15,6 +15,7 @@ from mpjax._compat import inner_jaxprs, is_backward, name_scopes, open_jaxpr, so
 from mpjax._policy import default_policy, get_policy
 from mpjax.diagnostics._explanation import Cast, Explanation, NotEntered, Operation
 from mpjax.diagnostics._flops import flops, operand_bytes
+from mpjax.diagnostics._place import REPEATED
 
 
 def explain(
@@ -81,28 +82,37 @@ class _Seen(NamedTuple):
       path: the modules that it is in.
       note: the original equation and what was decided for it, where it comes from one.
       times: how often it runs.
+      backward: whether it is of a backward pass.
     """
 
     eqn: Any
     path: str
     note: tuple[Any, Decision] | None
     times: int
+    backward: bool
 
 
 def _walk(
-    jaxpr: Any, notes: list[Any], path: tuple[str, ...] = (), note: Any = None, times: int = 1
+    jaxpr: Any,
+    notes: list[Any],
+    path: tuple[str, ...] = (),
+    note: Any = None,
+    times: int = 1,
+    backward: bool = False,
 ) -> Iterator[_Seen]:
     for eqn in jaxpr.eqns:
         scopes = name_scopes(eqn)
         numbers = [int(name.removeprefix(NOTE)) for name in scopes if name.startswith(NOTE)]
         here = notes[numbers[-1]] if numbers else note
         inside = (*path, *modules_of(scopes))
-        yield _Seen(eqn, "/".join(inside), here, times)
+        # What stands in a loop that was transposed says nothing of that itself.
+        back = (backward or is_backward(eqn)) and REPEATED not in scopes
+        yield _Seen(eqn, "/".join(inside), here, times, back)
         if not _is_operation(eqn):
             # A while loop's count is not known: its body is listed once.
             repeats = times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times
             for inner in inner_jaxprs(eqn):
-                yield from _walk(inner, notes, inside, here, repeats)
+                yield from _walk(inner, notes, inside, here, repeats, back)
 
 
 def _is_operation(eqn: Any) -> bool:
@@ -120,7 +130,7 @@ def _read(jaxpr: Any, notes: list[Any], rules: Rules, policy: str, under: Callab
     unentered: dict[Any, None] = {}
     moved: dict[str, int] = defaultdict(int)
     without = "made by a transformation outside of autocast" if notes else "the policy computes in float32: as written"
-    for eqn, path, note, times in _walk(jaxpr, notes):
+    for eqn, path, note, times, backward in _walk(jaxpr, notes):
         name, line = eqn.primitive.name, source_line(eqn)
         if note and eqn.primitive is note[0].primitive and _was_left(*note, rules):
             unentered[NotEntered(note[0].primitive.name, path, line, note[1].reason)] = None
@@ -134,7 +144,7 @@ def _read(jaxpr: Any, notes: list[Any], rules: Rules, policy: str, under: Callab
             continue
         reason = note[1].reason if note else without
         mark = note[1].mark.name if note and note[1].mark else ""
-        direction = "backward" if is_backward(eqn) else "forward"
+        direction = "backward" if backward else "forward"
         group = operations[path, line, name, direction, inputs, outputs, mark, reason]
         group[0] += times
         if is_call:

@@ -13,7 +13,7 @@ from mpjax._compat import inner_jaxprs, is_backward, name_scopes, source_line
 CALLS = ("jit", "closed_call", "call", "eval_jaxpr")
 RULED = ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "remat_opt")
 # What jax.checkpoint calls the forward pass that the backward pass repeats.
-_REPEATED = "rematted_computation"
+REPEATED = "rematted_computation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Place(NamedTuple):
         # The backward pass of jax.checkpoint has its modules twice: from the primal and from its transposition.
         if eqn.primitive.name == "remat2" and is_backward(eqn) and scopes[:half] == scopes[half:]:
             scopes = scopes[:half]
-        modules = tuple(name for name in modules_of(scopes) if name != _REPEATED)
-        backward = (self.backward or is_backward(eqn)) and _REPEATED not in scopes
+        modules = tuple(name for name in modules_of(scopes) if name != REPEATED)
+        backward = (self.backward or is_backward(eqn)) and REPEATED not in scopes
         # What JAX compiled for itself has no line in the user's code: then it is that of the call.
         return Place((*self.path, *modules), backward, self.frames, source_line(eqn) or self.line)
 
