@@ -478,10 +478,19 @@ PROGRAMS = [tiny, branches, attention, of_a_model]
 BODIES = ("jit", "scan", "while", "cond", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "closed_call")
 
 
+def that_are_read(jaxpr):
+    eqns, before = list(jaxpr.eqns), None
+    while before != len(eqns):
+        before = len(eqns)
+        read = {id(atom) for eqn in eqns for atom in eqn.invars} | set(map(id, jaxpr.outvars))
+        eqns = [eqn for eqn in eqns if eqn.effects or any(id(var) in read for var in eqn.outvars)]
+    return eqns
+
+
 def counted(jaxpr, times=1):
-    """All operations of a jaxpr with their dtypes, as often as they run."""
+    """All operations of a jaxpr that something reads, with their dtypes, as often as they run."""
     found = collections.Counter()
-    for eqn in jaxpr.eqns:
+    for eqn in that_are_read(jaxpr):
         if eqn.primitive.name in BODIES:
             for inner in inner_jaxprs(eqn):
                 found += counted(inner, times * eqn.params.get("length", 1))

@@ -11,7 +11,7 @@ from mpjax._autocast._decide import Action, Decision
 from mpjax._autocast._interpreter import NOTE
 from mpjax._autocast._regions import modules_of
 from mpjax._autocast._tables import Kind
-from mpjax._compat import inner_jaxprs, is_backward, name_scopes, open_jaxpr, source_line
+from mpjax._compat import inner_jaxprs, is_backward, is_literal, name_scopes, open_jaxpr, source_line
 from mpjax._policy import default_policy, get_policy
 from mpjax.diagnostics._explanation import Cast, Explanation, NotEntered, Operation
 from mpjax.diagnostics._flops import flops, operand_bytes
@@ -100,7 +100,7 @@ def _walk(
     times: int = 1,
     backward: bool = False,
 ) -> Iterator[_Seen]:
-    for eqn in jaxpr.eqns:
+    for eqn in _alive(jaxpr):
         scopes = name_scopes(eqn)
         numbers = [int(name.removeprefix(NOTE)) for name in scopes if name.startswith(NOTE)]
         here = notes[numbers[-1]] if numbers else note
@@ -113,6 +113,17 @@ def _walk(
             repeats = times * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else times
             for inner in inner_jaxprs(eqn):
                 yield from _walk(inner, notes, inside, here, repeats, back)
+
+
+def _alive(jaxpr: Any) -> list[Any]:
+    """The equations that something reads: of a softmax that is rewritten as a whole, the first half is left unread."""
+    needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
+    alive = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            alive.append(eqn)
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+    return alive[::-1]
 
 
 def _is_operation(eqn: Any) -> bool:
