@@ -77,6 +77,7 @@ def test_a_run_is_kept_and_done_again_when_its_settings_change(convergence, tmp_
     assert runs == [("mixed_float16", "none", 7, 2), ("mixed_float16", "none", 7, 3)]
 
 
+@pytest.mark.slow
 def test_what_a_large_vocabulary_loses_without_a_scale():
     """What the page says of BERT-base: 64 of 5,120 predictions, at the start, when all 30,522 words are alike."""
     words, predictions = 30_522, 5_120

@@ -73,6 +73,7 @@ def assert_is_png(content):
     assert content[-8:-4] == b"IEND"
 
 
+@pytest.mark.slow
 def test_command_succeeds(demo):
     assert demo.code == 0
     assert f"Figure: {demo.path}" in demo.out
@@ -80,6 +81,7 @@ def test_command_succeeds(demo):
     assert [path.name for path in demo.path.parent.iterdir()] == ["figure.png"]
 
 
+@pytest.mark.slow
 def test_output_without_a_terminal_is_plain(demo):
     assert "\x1b" not in demo.out
     assert "\r" not in demo.out
@@ -89,6 +91,7 @@ def test_output_without_a_terminal_is_plain(demo):
             assert f"training {task.name}, {precision.name}\n" in demo.out
 
 
+@pytest.mark.slow
 def test_table_has_a_row_for_each_run(demo):
     rows = rows_of(demo.out)
     assert [row[:2] for row in rows] == [[task.name, precision.name] for task in TASKS for precision in PRECISIONS]

@@ -123,6 +123,7 @@ class Transformer(nn.Module):
         return nn.Dense(11, name="lm_head")(nn.LayerNorm(name="final_norm")(x))
 
 
+@pytest.mark.slow
 def test_exemptions_hold_for_every_leaf():
     """Scenario 29: norms, router and last layer, in one report of parameter and compute dtypes."""
     weights = Transformer().init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]

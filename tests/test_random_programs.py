@@ -227,17 +227,17 @@ def settings(examples):
 
 
 class TestShortSearch:
-    @settings(6)
+    @settings(3)
     @hypothesis.given(programs.programs(4, 1))
     def test_gradients(self, program):
         check(program, with_gradients)
 
-    @settings(6)
+    @settings(4)
     @hypothesis.given(programs.programs(4, 1, without=programs.REVERSE_ONLY))
     def test_tangents(self, program):
         check(program, with_tangents)
 
-    @settings(3)
+    @settings(2)
     @hypothesis.given(programs.programs(4, 1))
     def test_compiled(self, program):
         check(program, with_gradients, by_jax=True)

@@ -551,6 +551,7 @@ class TestSharded:
     params = {"w": jnp.ones((16, 32)), "v": jnp.ones((4, 512))}
     dtypes = {"mu": "float8_e4m3fn", "nu": "bfloat16"}
 
+    @pytest.mark.slow
     def test_jit(self):
         """Moments keep their parameters' shardings, and their values are those of one device."""
         tx = state_dtypes(optax.adamw(1e-2), self.dtypes, block_size=64)
