@@ -86,7 +86,7 @@ class TestProject:
 
 def on_disk(*folders):
     """What is kept in some folders of the repository, as relative paths."""
-    suffixes = {".py", ".md", ".ipynb", ".yml", ".txt", ".typed", ".css", ""}
+    suffixes = {".py", ".md", ".ipynb", ".yml", ".txt", ".json", ".png", ".typed", ".css", ""}
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     kept = [path for path in found if path.suffix in suffixes and "__pycache__" not in path.parts]
     return {path.relative_to(ROOT).as_posix() for path in kept}
