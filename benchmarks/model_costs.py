@@ -184,17 +184,27 @@ def main() -> None:
             if arguments.search:
                 row["largest_batch"] = search(target, model, variant)
             if arguments.write:
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(json.dumps({"versions": versions(target), "figures": found}, indent=1) + "\n")
+                write(target, found)
+    print(section(target, found))
+    if arguments.write:
+        write(target, found)
+
+
+def section(target: str, found: dict[str, Any]) -> str:
     searched = any("largest_batch" in row for of_model in found.values() for row in of_model.values())
-    text = (
+    return (
         f"Compiled for one {mp.aot.TARGETS[target].title} by {versions(target)}. Command: `python "
         f"benchmarks/model_costs.py --target {target}{' --search' * searched}`. Factors are relative to float32.\n\n"
         + table(target, found)
     )
-    print(text)
-    if arguments.write:
-        write_section(f"model_costs {target}", text)
+
+
+def write(target: str, found: dict[str, Any]) -> None:
+    """After each figure, so that a run that is stopped loses nothing and leaves the page as the raw figures are."""
+    RAW.mkdir(exist_ok=True)
+    kept = {"versions": versions(target), "figures": found}
+    (RAW / f"model_costs-{target}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    write_section(f"model_costs {target}", section(target, found))
 
 
 if __name__ == "__main__":
