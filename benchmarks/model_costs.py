@@ -179,7 +179,9 @@ def main() -> None:
             if reason_against(target, model, variant):
                 continue
             report = measure(target, model, variant, batch_of(target, model))
-            row = {**found.get(model, {}).get(variant, {}), **figures(report)}
+            before, row = found.get(model, {}).get(variant, {}), figures(report)
+            # A batch that was looked for stays where the program has not changed.
+            row = before if before.items() >= row.items() else row
             found.setdefault(model, {})[variant] = row
             if arguments.search:
                 row["largest_batch"] = search(target, model, variant)
